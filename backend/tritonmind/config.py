@@ -1,0 +1,169 @@
+"""Frozen, typed, strict configuration. The only source of defaults: the CLI and config.ini read theirs from here.
+
+What is discovered at run time (number of KV blocks, memory plan) lives in other objects; nothing writes back into these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from tritonmind.errors import ConfigError
+
+WeightType = Literal["fp16", "bf16", "fp32", "int4"]
+T = TypeVar("T")
+
+
+class QuantPolicy(IntEnum):
+    """How K and V are stored. The numbers are those of the tutorial's `quant_policy`."""
+
+    NONE = 0
+    KV_INT8_CALIBRATED = 4
+    KV_INT8 = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary embedding scaling, fields as in a Hugging Face `rope_scaling` / `rope_parameters` dictionary."""
+
+    rope_type: Literal["linear", "dynamic", "llama3", "yarn"]
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Facts of a decoder, as `weights/model.json` holds them.
+
+    `weight_type` is the type of the stored linear weights; `group_size` is 0 unless they are int4.
+    """
+
+    architecture: str
+    model_name: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    tie_word_embeddings: bool = False
+    weight_type: WeightType
+    group_size: int = 0
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding pairs its halves")
+
+    @property
+    def attn_bias(self) -> bool:
+        return self.qkv_bias or self.o_bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache. `cache_max_entry_count` below 1 is a fraction of free memory, else a number of blocks."""
+
+    block_size: int = 64
+    cache_max_entry_count: float = 0.9
+    quant_policy: QuantPolicy = QuantPolicy.NONE
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size <= 0 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"cache_block_seq_len={self.block_size} must be a power of two (64 or 128 on a GPU)")
+        if not self.cache_max_entry_count > 0:
+            raise ConfigError(
+                f"cache_max_entry_count={self.cache_max_entry_count} must be positive: "
+                "below 1 a fraction of free memory, else a number of blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one engine step and of the queue before it.
+
+    `max_num_batched_tokens` 0 means automatic. `max_queue_size` 0 means unbounded.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 0
+    max_queue_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len < 2:
+            raise ConfigError(f"session_len={self.max_model_len} must be at least 2: one prompt token and one answer token")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_batch_size={self.max_num_seqs} must be at least 1")
+        if self.max_num_batched_tokens < 0 or 0 < self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_context_token_num={self.max_num_batched_tokens} must be 0 (automatic) or at least "
+                f"max_batch_size={self.max_num_seqs}")
+        if self.max_queue_size < 0:
+            raise ConfigError(f"max_queue_size={self.max_queue_size} must be 0 (unbounded) or positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything an EngineCore needs beside the weights.
+
+    `device` auto picks CUDA when there is one. `dtype` auto is the stored weight type on a GPU and fp32 on a CPU.
+    `num_threads` 0 leaves torch's choice. `async_depth` is how many steps may be in flight before their tokens are
+    read: 1 hides the host behind the GPU, 0 waits each step (the CPU gains nothing from 1).
+    """
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    tensor_parallel_size: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    enforce_eager: bool = False
+    num_threads: int = 0
+    async_depth: Literal["auto", 0, 1] = "auto"
+    check_integrity_when_idle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1 or self.model.num_kv_heads % self.tensor_parallel_size:
+            raise ConfigError(
+                f"tensor_para_size={self.tensor_parallel_size} does not divide kv_head_num={self.model.num_kv_heads}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON-ready data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], data: dict[str, Any], *, where: str) -> T:
+    """Build a configuration strictly: unknown, missing and mistyped keys raise ConfigError naming `where` and the key."""
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -1,0 +1,116 @@
+"""What crosses the border between the adapter's process and the engine's: msgspec structs, token ids in and out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request as the engine sees it: everything resolved, no text, no optional values.
+
+    request_id is unique among live requests (the client numbers them; it is not the user's id).
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_token_ids: list[int]  # the model's eos ids unless ignore_eos, and the request's own
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Give up these requests. Unknown or finished ids are ignored."""
+
+    request_ids: list[int]
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A control call, answered by a Reply with the same call_id."""
+
+    call_id: int
+    method: Literal["stats", "check_integrity", "reset_prefix_cache", "shutdown"]
+
+
+ToEngine = EngineRequest | Abort | Call
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one request. The one with a finish_reason is the last for its request.
+
+    num_cached_tokens: prompt tokens whose K and V came from the prefix cache. stop_token_id: the id that ended it,
+    which is the last of token_ids. error: set with finish_reason "error".
+    """
+
+    request_id: int
+    token_ids: list[int]
+    num_cached_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine. Blocks: num_free + num_cached + num_used == num_blocks (cached ones are reusable)."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_used_blocks: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_finished: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent once, when the engine is ready. memory_plan is text for people."""
+
+    device: str
+    dtype: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_plan: str
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All tokens of one engine step: one message a step, not one a request."""
+
+    outputs: list[TokenOutput]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine loop is alive. Sent about every second, busy or idle."""
+
+    stats: EngineStats
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to a Call: stats for "stats", an error text when the call failed."""
+
+    call_id: int
+    stats: EngineStats | None = None
+    error: str | None = None
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine cannot go on (or could not start). The process exits after sending this."""
+
+    error: str
+    code: str
+
+
+FromEngine = EngineInfo | StepOutputs | Heartbeat | Reply | EngineFailed

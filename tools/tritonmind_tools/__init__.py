@@ -1,0 +1,1 @@
+"""What a user runs: the `tritonmind` command and the programs behind it."""
