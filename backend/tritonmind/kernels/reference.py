@@ -1,0 +1,136 @@
+"""What each kernel computes, written in plain torch for reading: the tests and benchmarks compare with this.
+
+Signatures are the launchers', without `out`. Arithmetic is fp32, results are rounded once to the input's dtype. The CPU
+serving path is cpu.py, which is faster and tested against this page.
+"""
+
+import torch
+
+from tritonmind.kernels.philox import gumbel_noise, philox_uniform
+
+__all__ = [
+    "add_rms_norm",
+    "gumbel_noise",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "philox_uniform",
+    "rms_norm",
+    "rotary_kv_write",
+    "silu_mul",
+]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """y = round(x / sqrt(mean(x^2) + eps)) * weight for rows of x [T, H]; rounds to x's dtype before the weight."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add x to residual in place, then normalise the sum as it is stored. Returns (normed, residual), both [T, H]."""
+    residual.copy_((x.float() + residual.float()).to(residual.dtype))
+    return rms_norm(residual, weight, eps=eps), residual
+
+
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    """y = silu(gate) * up for x = [gate | up] of [T, 2 * I]. Returns [T, I]."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, D], pairing element i with i + D/2. cos_sin [max_pos, D] is [cos | sin]."""
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_kv_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> torch.Tensor:
+    """Rotate q and k of each token, write k and v to slot block * block_size + offset. Returns q [T, H, D]."""
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    k = rotate(k, cos_sin, positions)
+    block_size = k_cache.shape[2]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k_cache[slot // block_size, :, slot % block_size] = k[token]
+            v_cache[slot // block_size, :, slot % block_size] = v[token]
+    return rotate(q, cos_sin, positions)
+
+
+def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
+    """The first context_len tokens of one sequence, [num_kv_heads, context_len, D] in fp32."""
+    num_kv_heads, block_size, head_dim = cache.shape[1:]
+    pages = cache[block_table[: -(-context_len // block_size)].long()]
+    return pages.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context_len].float()
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """Causal attention of q [Q, H, D], the last Q tokens of k and v [Hkv, L, D]. Returns [Q, H, D] in fp32."""
+    num_queries, num_heads, _ = q.shape
+    num_kv_heads, context_len, _ = k.shape
+    group = num_heads // num_kv_heads
+    k = k.repeat_interleave(group, dim=0)
+    v = v.repeat_interleave(group, dim=0)
+    scores = torch.einsum("qhd,hld->hql", q.float(), k) * softmax_scale
+    query_positions = torch.arange(context_len - num_queries, context_len, device=q.device)
+    hidden = torch.arange(context_len, device=q.device) > query_positions.unsqueeze(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hql,hld->qhd", weights, v)
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """One query token a sequence, q [B, H, D], against its pages. Rows of context_len 0 are zeros."""
+    out = torch.zeros_like(q)
+    for row, context_len in enumerate(context_lens.tolist()):
+        if context_len:
+            k = gather_pages(k_cache, block_tables[row], context_len)
+            v = gather_pages(v_cache, block_tables[row], context_len)
+            out[row] = attend(q[row : row + 1], k, v, softmax_scale)[0]
+    return out
+
+
+def paged_prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Queries q [T, H, D] of S sequences one after another; the last of a sequence sits at context_len - 1.
+
+    Query tokens before position 0 (a context_len below the number of queries) and beyond cu_seqlens_q[-1] give zeros.
+    """
+    out = torch.zeros_like(q)
+    starts = cu_seqlens_q.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        start, end = max(starts[row], starts[row + 1] - context_len), starts[row + 1]
+        if start < end:
+            k = gather_pages(k_cache, block_tables[row], context_len)
+            v = gather_pages(v_cache, block_tables[row], context_len)
+            out[start:end] = attend(q[start:end], k, v, softmax_scale).to(q.dtype)
+    return out

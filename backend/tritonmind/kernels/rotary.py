@@ -1,0 +1,63 @@
+"""Rotary embedding of q and k fused with the write of k and v to the paged cache.
+
+q'[i] = q[i] cos - q[i + D/2] sin and q'[i + D/2] = q[i + D/2] cos + q[i] sin for i < D/2, with the angles of the
+token's position; k alike. K is cached after rotation, so attention never sees positions.
+"""
+
+import torch
+
+from tritonmind.kernels import cpu
+from tritonmind.kernels.dispatch import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_kv_pools,
+    check_ndim,
+    check_tensor,
+    use_triton,
+)
+
+
+def rotary_kv_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate q and k of every token and write its k and v to the page slot that slot_mapping names.
+
+    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], rows [q | k | v], contiguous. cos_sin: [max_pos, head_dim]
+    fp32, rows [cos | sin]. positions: [T] int64 or int32, below max_pos. slot_mapping: [T] int32, block * block_size +
+    offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of qkv,
+    updated in place.
+    out: [T, num_heads, head_dim]. Returns out, the rotated queries.
+    Raises ValueError for a wrong shape, dtype, device or layout; position and slot values are the caller's promise.
+    """
+    check_ndim("qkv", qkv, 2)
+    num_tokens, dtype, device = qkv.shape[0], qkv.dtype, qkv.device
+    check_tensor("qkv", qkv, (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), FLOAT_DTYPES, device)
+    check_ndim("cos_sin", cos_sin, 2)
+    check_tensor("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), torch.float32, device)
+    check_tensor("positions", positions, (num_tokens,), INDEX_DTYPES, device)
+    check_tensor("slot_mapping", slot_mapping, (num_tokens,), torch.int32, device)
+    check_kv_pools(k_cache, v_cache, dtype, device)
+    if k_cache.shape[1] != num_kv_heads or k_cache.shape[3] != head_dim:
+        raise ValueError(
+            f"k_cache has shape {tuple(k_cache.shape)}, expected [num_blocks, {num_kv_heads}, block_size, {head_dim}]"
+        )
+    if out is not None:
+        check_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    if not use_triton(qkv):
+        return cpu.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, **heads, out=out)
+    from tritonmind.kernels import triton_rotary
+
+    if out is None:
+        out = qkv.new_empty((num_tokens, num_heads, head_dim))
+    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, **heads, out=out)
