@@ -7,14 +7,19 @@ from the neutral default, and clamps `max_tokens` to what the context has left.
 from __future__ import annotations
 
 import math
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
-from tritonmind.errors import InvalidRequestError
+from tritonmind.errors import ConfigError, InvalidRequestError
+from tritonmind.messages import EngineRequest
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_SEED = 2**64 - 1
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,8 +42,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequestError("max_tokens", self.max_tokens, "must be at least 1")
-        if self.temperature is not None and not (0 <= self.temperature and math.isfinite(self.temperature)):
-            raise InvalidRequestError("temperature", self.temperature, "must be a finite number of at least 0 (0 is greedy)")
+        if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise InvalidRequestError(
+                "temperature", self.temperature, "must be a finite number of at least 0 (0 is greedy)"
+            )
         if self.top_k is not None and self.top_k < 0:
             raise InvalidRequestError("top_k", self.top_k, "must be 0 (all tokens) or positive")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -51,7 +58,81 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if not text:
                 raise InvalidRequestError("stop", text, "a stop string must not be empty")
             if len(text) > MAX_STOP_STRING_LENGTH:
-                raise InvalidRequestError("stop", text, f"a stop string has at most {MAX_STOP_STRING_LENGTH} characters")
+                raise InvalidRequestError(
+                    "stop", text, f"a stop string has at most {MAX_STOP_STRING_LENGTH} characters"
+                )
         for token_id in self.stop_token_ids:
             if token_id < 0:
                 raise InvalidRequestError("stop_token_ids", token_id, "token ids are not negative")
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What the sampling options are when a request leaves them out. The values here are the neutral ones."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @classmethod
+    def from_dir(cls, tokenizer_dir: str | Path) -> GenerationDefaults:
+        """From the checkpoint's generation_config.json, of which only these three fields are read.
+
+        The file is optional, and so is each field. Raises ConfigError naming the file and the field.
+        """
+        path = Path(tokenizer_dir) / GENERATION_CONFIG_FILE
+        if not path.exists():
+            return cls()
+        try:
+            config = msgspec.json.decode(path.read_bytes(), type=dict)
+            given = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
+            return msgspec.convert(given, cls)
+        except (OSError, msgspec.MsgspecError, InvalidRequestError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def resolve(
+    params: SamplingParams,
+    defaults: GenerationDefaults,
+    *,
+    request_id: int,
+    prompt_token_ids: list[int],
+    vocab_size: int,
+    max_model_len: int,
+    eos_token_ids: Sequence[int],
+) -> EngineRequest:
+    """Settle every option that the request left open and check what depends on the model.
+
+    max_tokens becomes at most what the context of max_model_len tokens has left after the prompt. A request without
+    a seed gets a random one. Raises InvalidRequestError for a prompt that is empty, too long or has ids outside the
+    vocabulary.
+    """
+    length = len(prompt_token_ids)
+    if not length:
+        raise InvalidRequestError("prompt", "", "is empty: send at least one token")
+    if length >= max_model_len:
+        raise InvalidRequestError(
+            "prompt",
+            f"{length} tokens",
+            f"session_len is {max_model_len} and the answer needs at least one: send up to {max_model_len - 1}",
+        )
+    for name, ids in (("input_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(name, token_id, f"token ids are 0 to {vocab_size - 1}")
+    left = max_model_len - length
+    stop_token_ids = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        stop_token_ids.update(eos_token_ids)
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        max_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
+        temperature=defaults.temperature if params.temperature is None else params.temperature,
+        top_k=min(defaults.top_k if params.top_k is None else params.top_k, vocab_size),
+        top_p=defaults.top_p if params.top_p is None else params.top_p,
+        seed=secrets.randbits(64) if params.seed is None else params.seed,
+        stop_token_ids=sorted(stop_token_ids),
+    )

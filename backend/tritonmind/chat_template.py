@@ -1,0 +1,141 @@
+"""Chat messages to a prompt, by the Jinja template that came with the checkpoint.
+
+The template is somebody else's program: it runs in a sandbox that can read its inputs and change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import msgspec
+
+from tritonmind.errors import ConfigError, InvalidRequestError
+from tritonmind.tokenizer import TOKENIZER_CONFIG_FILE, read_json_object
+
+TEMPLATE_FILE = "chat_template.jinja"
+MESSAGE_KEYS = ("role", "content")
+
+Message = dict[str, str]
+
+
+class _TemplateRefusal(Exception):
+    """The template called raise_exception."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _TemplateRefusal(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own `tojson` this does not escape for HTML: the text goes to a model."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format_string: str) -> str:
+    return datetime.now().strftime(format_string)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what a model is trained on; a prompt just contains it."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template. special_tokens: what it may name, such as bos_token and eos_token."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, where: str) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}") from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text, special tokens written out: encode it without adding any.
+
+        Raises InvalidRequestError when the template refuses the messages (an odd order of roles, for instance).
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except _TemplateRefusal as error:
+            raise InvalidRequestError("messages", list(messages), f"the chat template refuses it: {error}") from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise InvalidRequestError(
+                "messages", list(messages), f"the chat template fails on it: {type(error).__name__}: {error}"
+            ) from None
+
+
+def load_chat_template(tokenizer_dir: str | Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The checkpoint's own template, None when it has none.
+
+    chat_template.jinja comes before the `chat_template` of tokenizer_config.json, which is a text or a list of named
+    ones of which "default" counts. Raises ConfigError naming a file whose template is broken.
+    """
+    directory = Path(tokenizer_dir)
+    file = directory / TEMPLATE_FILE
+    if file.is_file():
+        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, where=str(file))
+    file = directory / TOKENIZER_CONFIG_FILE
+    source = read_json_object(file).get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ConfigError(f"{file}: chat_template must be a text or a list of named texts")
+    return ChatTemplate(source, special_tokens, where=str(file))
+
+
+def parse_messages(text: str) -> list[Message]:
+    """Messages from JSON: a list of objects with exactly the texts `role` and `content`, at least one.
+
+    Raises InvalidRequestError naming the message and the key.
+    """
+    try:
+        messages = msgspec.json.decode(text)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequestError("messages", text, f"is not JSON: {error}") from None
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequestError("messages", messages, "must be a JSON list of {role, content} objects, at least one")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidRequestError(f"messages[{index}]", message, "must be an object with role and content")
+        for key in MESSAGE_KEYS:
+            if not isinstance(message.get(key), str):
+                raise InvalidRequestError(f"messages[{index}].{key}", message.get(key), "must be a text")
+        for key in message:
+            if key not in MESSAGE_KEYS:
+                raise InvalidRequestError(f"messages[{index}].{key}", message[key], "only role and content are known")
+    return messages

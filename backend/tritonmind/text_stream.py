@@ -1,0 +1,146 @@
+"""The text side of one answer: tokens in, text out, ended by stop strings.
+
+Text that may be the beginning of a stop string is held back until that is decided, and never longer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tritonmind.messages import FinishReason
+from tritonmind.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What some tokens added to an answer.
+
+    token_ids: those that count, ending with the one that completed a stop string. num_tokens: how many.
+    stop_reason: the stop string, or the decimal id of the token, that ended the answer; None when neither did.
+    """
+
+    text: str
+    num_tokens: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+
+
+class StopMatcher:
+    """Finds the first stop string to complete in a text given character by character (Aho-Corasick automaton).
+
+    A state is how much of the most advanced stop string the text ends with, so its depth is exactly how many
+    characters must be held back, and the result does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._fallback = [0]
+        self._depth = [0]
+        self._match: list[str | None] = [None]
+        for stop in stops:
+            self._insert(stop)
+        self._link()
+        self._state = 0
+
+    @property
+    def held(self) -> int:
+        """Characters at the end of the text that may begin a stop string."""
+        return self._depth[self._state]
+
+    def push(self, character: str) -> str | None:
+        """The stop string that this character completes, the longest one if several."""
+        state = self._state
+        while state and character not in self._next[state]:
+            state = self._fallback[state]
+        self._state = self._next[state].get(character, 0)
+        return self._match[self._state]
+
+    def _insert(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._fallback.append(0)
+                self._depth.append(self._depth[state] + 1)
+                self._match.append(None)
+            state = self._next[state][character]
+        self._match[state] = stop
+
+    def _link(self) -> None:
+        """Breadth first: the fallback of a state is the longest proper suffix that is a state too."""
+        states = deque(self._next[0].values())
+        while states:
+            state = states.popleft()
+            if self._match[state] is None:
+                self._match[state] = self._match[self._fallback[state]]
+            for character, child in self._next[state].items():
+                candidate = self._fallback[state]
+                while candidate and character not in self._next[candidate]:
+                    candidate = self._fallback[candidate]
+                self._fallback[child] = self._next[candidate].get(character, 0)
+                states.append(child)
+
+
+class TextStream:
+    """One answer's text. Not thread-safe: it belongs to the thread that answers the request.
+
+    stop: strings that end the answer and are not part of it. Tokens after the one that completes a stop string do
+    not count. Special tokens, and a token that ends the answer by its id, count but have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._matcher = StopMatcher(stop) if stop else None
+        self._pending = ""
+        self.finished = False
+
+    def push(
+        self, token_ids: Sequence[int], finished: FinishReason | None = None, *, stop_token_id: int | None = None
+    ) -> TextDelta:
+        """Take the next tokens of the answer.
+
+        finished: the engine's finish reason when these are the last. stop_token_id: the id that ended it, which is
+        then the last of token_ids. A stop string wins over both, since it ended the answer earlier.
+        """
+        assert not self.finished, "tokens after the end of an answer"
+        ended_by_id = finished is not None and stop_token_id is not None
+        parts: list[str] = []
+        for count, token_id in enumerate(token_ids, start=1):
+            if ended_by_id and count == len(token_ids):
+                break
+            text, stop = self._scan(self._detokenizer.push(token_id))
+            parts.append(text)
+            if stop is not None:
+                return self._finish(parts, token_ids[:count], "stop", stop)
+        if finished is None:
+            return TextDelta("".join(parts), len(token_ids), list(token_ids))
+        text, stop = self._scan(self._detokenizer.flush())
+        parts.append(text)
+        if stop is not None:
+            return self._finish(parts, token_ids, "stop", stop)
+        parts.append(self._pending)
+        return self._finish(parts, token_ids, finished, str(stop_token_id) if ended_by_id else None)
+
+    def _finish(
+        self, parts: list[str], token_ids: Sequence[int], reason: FinishReason, stop_reason: str | None
+    ) -> TextDelta:
+        self.finished = True
+        return TextDelta("".join(parts), len(token_ids), list(token_ids), reason, stop_reason)
+
+    def _scan(self, text: str) -> tuple[str, str | None]:
+        """Text that may be shown now, and the stop string that ended it."""
+        if self._matcher is None or not text:
+            return text, None
+        seen = len(self._pending)
+        self._pending += text
+        for position, character in enumerate(text, start=seen + 1):
+            stop = self._matcher.push(character)
+            if stop is not None:
+                return self._pending[: position - len(stop)], stop
+        cut = len(self._pending) - self._matcher.held
+        shown, self._pending = self._pending[:cut], self._pending[cut:]
+        return shown, None
