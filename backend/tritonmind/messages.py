@@ -44,13 +44,14 @@ ToEngine = EngineRequest | Abort | Call
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request. The one with a finish_reason is the last for its request.
 
-    num_cached_tokens: prompt tokens whose K and V came from the prefix cache. stop_token_id: the id that ended it,
-    which is the last of token_ids. error: set with finish_reason "error".
+    num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache.
+    stop_token_id: the id that ended it, which is the last of token_ids. error: set with finish_reason "error".
     """
 
     request_id: int
     token_ids: list[int]
-    num_cached_tokens: int
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
@@ -83,6 +84,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_queue_size: int
+    vocab_size: int
     memory_plan: str
 
 

@@ -1,0 +1,1 @@
+"""Building blocks of decoders: they hold weights and call kernels."""

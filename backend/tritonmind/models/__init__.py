@@ -1,0 +1,1 @@
+"""Decoders, their registry, and the loader that fills them from a workspace."""

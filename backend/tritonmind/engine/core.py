@@ -1,0 +1,137 @@
+"""EngineCore: token ids in, token ids out. One thread calls it.
+
+A step: schedule -> launch -> (with `async_depth` steps already in flight) wait for the oldest -> update. The outputs of
+a step therefore come `async_depth` calls later; `step` keeps being called until nothing is live and nothing in flight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tritonmind.config import EngineConfig, SchedulerConfig
+from tritonmind.engine.block_manager import BlockManager
+from tritonmind.engine.executor import Executor
+from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS_CPU, StepHandle
+from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
+from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from tritonmind.workspace import Workspace
+
+
+class _InFlight(NamedTuple):
+    output: SchedulerOutput
+    handle: StepHandle
+
+
+class EngineCore:
+    """Scheduler, blocks and executor of one model."""
+
+    def __init__(self, workspace: Workspace, config: EngineConfig) -> None:
+        limits = resolve_limits(config)
+        self.config = config = dataclasses.replace(config, scheduler=limits)
+        self.executor = Executor(workspace, config)
+        runner = self.executor.runner
+        self.block_manager = BlockManager(
+            runner.memory_plan.num_blocks,
+            config.cache.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(limits, self.block_manager)
+        self.async_depth = (
+            (0 if runner.device.type == "cpu" else 1) if config.async_depth == "auto" else config.async_depth
+        )
+        self.info = EngineInfo(
+            device=str(runner.device),
+            dtype=str(runner.dtype).removeprefix("torch."),
+            num_blocks=self.block_manager.num_blocks,
+            block_size=config.cache.block_size,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_queue_size=limits.max_queue_size,
+            vocab_size=config.model.vocab_size,
+            memory_plan=runner.memory_plan.describe(),
+        )
+        self._in_flight: deque[_InFlight] = deque()
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_finished = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.num_live > 0 or bool(self._in_flight)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that the client has validated."""
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[int]) -> list[TokenOutput]:
+        """End requests now; their last outputs. Unknown ids are ignored."""
+        outputs = self.scheduler.abort(request_ids)
+        self._count(outputs)
+        return outputs
+
+    def step(self) -> list[TokenOutput]:
+        """Launch one step if anything can run, and give the outputs of the oldest one that is due."""
+        output = self.scheduler.schedule()
+        if output.num_tokens:
+            self._in_flight.append(_InFlight(output, self.executor.execute(output)))
+            self._num_steps += 1
+            if len(self._in_flight) <= self.async_depth:
+                return []
+        if not self._in_flight:
+            assert self.scheduler.num_live == 0, "live sequences, but nothing can be scheduled"
+            return []
+        due = self._in_flight.popleft()
+        outputs = self.scheduler.update(due.output, due.handle.wait())
+        self._count(outputs)
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, as a benchmark wants between runs."""
+        self.block_manager.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Re-derive all bookkeeping; AssertionError with what is wrong."""
+        self.scheduler.check_integrity()
+        if not self.has_work:
+            assert self.block_manager.num_used_blocks == 0, "blocks in use, but no request is live"
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, blocks and counters."""
+        blocks = self.block_manager
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+            num_used_blocks=blocks.num_used_blocks,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_finished=self._num_finished,
+        )
+
+    def _count(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            self._num_generated_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                self._num_finished += 1
+                self._num_prompt_tokens += output.num_prompt_tokens
+                self._num_cached_tokens += output.num_cached_tokens
+
+
+def resolve_limits(config: EngineConfig) -> SchedulerConfig:
+    """The scheduler's limits with `max_num_batched_tokens` 0 replaced by the automatic value."""
+    limits = config.scheduler
+    if limits.max_num_batched_tokens:
+        return limits
+    automatic = max(AUTOMATIC_BATCHED_TOKENS_CPU, limits.max_num_seqs)
+    return dataclasses.replace(limits, max_num_batched_tokens=automatic)

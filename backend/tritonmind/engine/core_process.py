@@ -1,0 +1,82 @@
+"""The engine in its own process: `python -m tritonmind.engine.core_process`, started by `client.py` only.
+
+The first line of standard input is a JSON object: the workspace, the overrides, and the two ipc addresses. Standard
+input then stays open as a lifeline: when it ends, the parent is gone and so are we, wherever the loop is.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import msgspec
+import zmq
+
+from tritonmind.engine.core import EngineCore
+from tritonmind.engine.loop import run_engine
+from tritonmind.errors import TritonmindError
+from tritonmind.messages import EngineFailed, FromEngine, ToEngine
+from tritonmind.workspace import Workspace
+
+LINGER_MS = 2000  # how long the last message may take to reach the parent
+
+
+def main() -> int:
+    """Run the engine until told to shut down. 0 after a shutdown, 1 after a failure, which was sent as EngineFailed."""
+    # A terminal's Ctrl-C goes to the whole process group; the parent decides when we stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    setup = json.loads(sys.stdin.readline())
+    threading.Thread(target=_exit_with_parent, name="lifeline", daemon=True).start()
+
+    context = zmq.Context()
+    inbox = context.socket(zmq.PULL)
+    inbox.connect(setup["to_engine"])
+    outbox = context.socket(zmq.PUSH)
+    outbox.set_hwm(0)  # a slow reader must not stall the engine; the reader's queue is bounded by its live requests
+    outbox.connect(setup["from_engine"])
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+    encoder = msgspec.msgpack.Encoder()
+
+    def receive(timeout_s: float) -> list[ToEngine]:
+        messages: list[ToEngine] = []
+        while inbox.poll(0 if messages else int(timeout_s * 1000)):
+            messages.append(decoder.decode(inbox.recv()))
+        return messages
+
+    def send(message: FromEngine) -> None:
+        outbox.send(encoder.encode(message))
+
+    try:
+        workspace = Workspace.open(setup["workspace"])
+        core = EngineCore(workspace, workspace.engine_config(**setup["overrides"]))
+        # Weights and modules live as long as we do: keep the collector from walking them during a step.
+        gc.collect()
+        gc.freeze()
+        run_engine(core, receive, send)
+    except TritonmindError as error:
+        send(EngineFailed(error=str(error), code=error.code))
+        return 1
+    except BaseException as error:
+        traceback.print_exc()
+        send(EngineFailed(error=f"{type(error).__name__}: {error}", code="INTERNAL"))
+        return 1
+    finally:
+        context.destroy(linger=LINGER_MS)
+    return 0
+
+
+def _exit_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

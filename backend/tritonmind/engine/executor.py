@@ -1,0 +1,24 @@
+"""Where steps run. Today in the engine's own process; workers of several ranks will stand behind the same two calls."""
+
+from __future__ import annotations
+
+from tritonmind.config import EngineConfig
+from tritonmind.engine.model_runner import ModelRunner, StepHandle
+from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.errors import ConfigError
+from tritonmind.workspace import Workspace
+
+
+class Executor:
+    """One ModelRunner in this process."""
+
+    def __init__(self, workspace: Workspace, config: EngineConfig) -> None:
+        if config.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_para_size={config.tensor_parallel_size}: this version serves one rank; convert with --tp 1"
+            )
+        self.runner = ModelRunner(workspace, config)
+
+    def execute(self, output: SchedulerOutput) -> StepHandle:
+        """Launch a step; its handle waits for it."""
+        return self.runner.execute(output)

@@ -1,0 +1,53 @@
+"""The engine in a thread of this process: for the local Python API and tests, where one process is worth more than speed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+
+from tritonmind.engine.client import EngineClient
+from tritonmind.engine.core import EngineCore
+from tritonmind.engine.loop import run_engine
+from tritonmind.errors import TritonmindError
+from tritonmind.messages import ToEngine
+from tritonmind.workspace import Workspace
+
+
+class ThreadEngineClient(EngineClient):
+    """Owns the engine's thread. Outputs are routed on that thread, so callbacks share it with the steps."""
+
+    def __init__(self, workspace_path: str, overrides: Mapping[str, object]) -> None:
+        super().__init__()
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, args=(workspace_path, dict(overrides)), daemon=True, name="engine"
+        )
+        self._thread.start()
+
+    def _run(self, workspace_path: str, overrides: dict[str, object]) -> None:
+        try:
+            workspace = Workspace.open(workspace_path)
+            core = EngineCore(workspace, workspace.engine_config(**overrides))
+            run_engine(core, self._take, self._receive)
+        except TritonmindError as error:
+            self._fail(error)
+        except BaseException as error:
+            self._fail(TritonmindError(f"{type(error).__name__}: {error}"))
+            raise
+
+    def _take(self, timeout_s: float) -> list[ToEngine]:
+        messages: list[ToEngine] = []
+        try:
+            messages.append(self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get_nowait())
+            while True:
+                messages.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return messages
+
+    def _send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    def _stop(self, timeout: float) -> None:
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)

@@ -1,0 +1,83 @@
+"""The Llama family's decoder: pre-norm attention and gated MLP, rotary positions, grouped-query attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tritonmind.config import ModelConfig
+from tritonmind.kernels import silu_mul
+from tritonmind.layers.attention import Attention
+from tritonmind.layers.linear import Linear
+from tritonmind.layers.norm import RMSNorm
+from tritonmind.layers.rotary import cos_sin_table
+from tritonmind.model_inputs import ModelInputs
+
+KVCaches = SequenceABC[tuple[torch.Tensor, torch.Tensor]]
+
+
+class LlamaLayer(nn.Module):
+    """One decoder layer. The residual stream travels beside the activations, so that each add fuses with a norm."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * head_dim
+        inter = config.intermediate_size
+        self.attention_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
+        self.w_qkv = Linear(hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim)
+        self.wo = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
+        self.ffn_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
+        self.w13 = Linear(hidden, 2 * inter, bias=False, dtype=dtype, device=device)
+        self.w2 = Linear(inter, hidden, bias=False, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [num_tokens, hidden_size]
+        residual: torch.Tensor | None,
+        cos_sin: torch.Tensor,
+        inputs: ModelInputs,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.attention_norm(x, residual)
+        x = self.wo(self.attention(self.w_qkv(x), cos_sin, inputs.positions, kv_cache, inputs.attention))
+        x, residual = self.ffn_norm(x, residual)
+        return self.w2(silu_mul(self.w13(x))), residual
+
+
+class LlamaForCausalLM(nn.Module):
+    """Token ids and positions in, logits of the asked-for rows out."""
+
+    cos_sin: torch.Tensor
+    tok_embeddings: torch.Tensor
+
+    def __init__(self, config: ModelConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer(
+            "tok_embeddings", torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+        self.layers = nn.ModuleList(LlamaLayer(config, dtype, device) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, device=device)
+        self.output = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.register_buffer("cos_sin", cos_sin_table(config, max_model_len, device), persistent=False)
+
+    def forward(self, inputs: ModelInputs, kv_caches: KVCaches) -> torch.Tensor:
+        """-> logits [num_samples, vocab_size] in the model's dtype. Writes the step's K and V into `kv_caches`."""
+        x = F.embedding(inputs.token_ids, self.tok_embeddings)
+        residual = None
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache)
+        rows = inputs.logits_rows
+        x, _ = self.norm(x.index_select(0, rows), residual.index_select(0, rows))
+        return self.output(x)
+
+    def finalize(self) -> None:
+        """Repack weights for the device, once, after all of them were loaded."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.finalize()

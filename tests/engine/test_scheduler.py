@@ -1,0 +1,219 @@
+"""The scheduler over an arithmetic model: whatever it does, every answer must be that of the request alone."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.fakes import FakeExecutor, generate
+from tritonmind.config import SchedulerConfig
+from tritonmind.engine.block_manager import BlockManager
+from tritonmind.engine.scheduler import Scheduler
+from tritonmind.messages import EngineRequest, TokenOutput
+
+BLOCK = 4
+
+
+def request(
+    request_id: int, prompt: list[int], max_tokens: int, stop_token_ids: list[int] | None = None
+) -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+        stop_token_ids=stop_token_ids or [],
+    )  # fmt: skip
+
+
+class Driver:
+    """Runs a scheduler with `depth` steps in flight, as EngineCore does, and collects what comes out."""
+
+    def __init__(
+        self, *, num_blocks: int, depth: int, max_num_seqs: int = 4, budget: int = 8, caching: bool = True
+    ) -> None:
+        config = SchedulerConfig(max_model_len=40, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.manager = BlockManager(num_blocks, BLOCK, enable_prefix_caching=caching)
+        self.scheduler = Scheduler(config, self.manager)
+        self.executor = FakeExecutor(num_blocks, BLOCK, max_num_seqs)
+        self.depth = depth
+        self.in_flight: deque = deque()
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.finals: dict[int, TokenOutput] = {}
+
+    def take(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            assert output.request_id not in self.finals, "an output after the last one"
+            self.tokens[output.request_id].extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.finals[output.request_id] = output
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        if output.num_tokens:
+            self.in_flight.append((output, self.executor.execute(output)))
+            if len(self.in_flight) <= self.depth:
+                return
+        if self.in_flight:
+            due, handle = self.in_flight.popleft()
+            self.take(self.scheduler.update(due, handle.wait()))
+            self.scheduler.check_integrity()
+
+    def run(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.num_live and not self.in_flight:
+                self.scheduler.check_integrity()
+                assert self.manager.num_used_blocks == 0
+                return
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_one_request_gets_exactly_its_tokens(depth: int) -> None:
+    driver = Driver(num_blocks=10, depth=depth)
+    driver.scheduler.add(request(0, [1, 2, 3], 9))
+    driver.run()
+    assert driver.tokens[0] == generate([1, 2, 3], 9)
+    assert driver.finals[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_stop_token_ends_the_answer_and_is_its_last_token(depth: int) -> None:
+    expected = generate([1, 2, 3], 9)
+    stop = expected[4]
+    driver = Driver(num_blocks=10, depth=depth)
+    driver.scheduler.add(request(0, [1, 2, 3], 9, [stop]))
+    driver.run()
+    assert driver.tokens[0] == expected[: expected.index(stop) + 1]
+    assert driver.finals[0].finish_reason == "stop" and driver.finals[0].stop_token_id == stop
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_context_limit_ends_the_answer(depth: int) -> None:
+    driver = Driver(num_blocks=10, depth=depth)
+    driver.scheduler.add(request(0, list(range(38)), 9))
+    driver.run()
+    assert driver.tokens[0] == generate(list(range(38)), 2)
+    assert driver.finals[0].finish_reason == "length"
+
+
+def test_decodes_go_on_while_a_long_prompt_is_chunked() -> None:
+    driver = Driver(num_blocks=20, depth=0, budget=6)
+    driver.scheduler.add(request(0, [1], 12))
+    driver.step()
+    driver.scheduler.add(request(1, list(range(30)), 2))
+    before = len(driver.tokens[0])
+    for number in range(1, 6):
+        driver.step()
+        assert len(driver.tokens[0]) == before + number, "the decode skipped a step"
+    assert driver.executor.max_tokens_in_a_step <= 6
+    driver.run()
+    assert driver.tokens[1] == generate(list(range(30)), 2)
+
+
+def test_first_come_first_served_and_slots_limit_the_batch() -> None:
+    driver = Driver(num_blocks=40, depth=0, max_num_seqs=2)
+    for number in range(5):
+        driver.scheduler.add(request(number, [number], 3))
+    driver.step()
+    assert [seq.request_id for seq in driver.scheduler.running] == [0, 1]
+    driver.run()
+    assert list(driver.finals) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("caching", [True, False])
+def test_preempted_sequences_recompute_and_lose_nothing(depth: int, caching: bool) -> None:
+    driver = Driver(num_blocks=10, depth=depth, caching=caching)
+    prompts = [[n, n + 1, n + 2, n + 3, n + 4] for n in range(4)]
+    for number, prompt in enumerate(prompts):
+        driver.scheduler.add(request(number, prompt, 20))
+    driver.run()
+    assert driver.scheduler.num_preemptions > 0, "the test is about preemption"
+    for number, prompt in enumerate(prompts):
+        assert driver.tokens[number] == generate(prompt, 20)
+        assert driver.finals[number].num_cached_tokens == 0, "its own recomputed tokens are no cache hit"
+
+
+def test_the_earliest_sequence_is_never_preempted() -> None:
+    driver = Driver(num_blocks=10, depth=0)
+    for number in range(4):
+        driver.scheduler.add(request(number, [number] * 5, 20))
+    first = driver.scheduler.waiting[0]
+    while first.request_id not in driver.finals:
+        driver.step()
+        assert first not in driver.scheduler.waiting
+    assert driver.scheduler.num_preemptions > 0
+    driver.run()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_cached_tokens_are_counted(depth: int) -> None:
+    driver = Driver(num_blocks=20, depth=depth)
+    driver.scheduler.add(request(0, list(range(10)), 3))
+    driver.run()
+    driver.scheduler.add(request(1, list(range(10)), 3))
+    driver.run()
+    assert driver.finals[0].num_cached_tokens == 0
+    assert driver.finals[1].num_cached_tokens == 8
+    assert driver.tokens[1] == driver.tokens[0] == generate(list(range(10)), 3)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_abort_of_waiting_running_and_unknown_requests(depth: int) -> None:
+    driver = Driver(num_blocks=20, depth=depth, max_num_seqs=1)
+    driver.scheduler.add(request(0, [1, 2], 10))
+    driver.scheduler.add(request(1, [3], 10))
+    for _ in range(3):
+        driver.step()
+    driver.take(driver.scheduler.abort([0, 1, 99]))
+    assert {final.finish_reason for final in driver.finals.values()} == {"cancelled"}
+    assert driver.scheduler.abort([0]) == []
+    driver.scheduler.add(request(2, [5, 6], 4))
+    driver.run()
+    assert driver.tokens[2] == generate([5, 6], 4)
+    assert len(driver.tokens[0]) < 10
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    depth=st.integers(0, 1),
+    num_blocks=st.integers(10, 24),
+    budget=st.integers(4, 16),
+    caching=st.booleans(),
+)
+def test_random_traffic(seed: int, depth: int, num_blocks: int, budget: int, caching: bool) -> None:
+    draw = random.Random(seed)
+    driver = Driver(num_blocks=num_blocks, depth=depth, budget=budget, caching=caching)
+    requests: dict[int, EngineRequest] = {}
+    aborted = set()
+    for number in range(25):
+        for _ in range(draw.randrange(6)):
+            driver.step()
+        # Few distinct tokens, so that prefixes are often shared.
+        prompt = [draw.randrange(2)] * draw.randrange(1, 25) + [draw.randrange(3) for _ in range(draw.randrange(5))]
+        stop = [draw.randrange(97) for _ in range(draw.randrange(8))]
+        requests[number] = request(number, prompt, draw.randrange(1, 15), stop)
+        driver.scheduler.add(requests[number])
+        if draw.random() < 0.3:
+            victim = draw.choice(list(requests))
+            if victim not in driver.finals:
+                aborted.add(victim)
+            driver.take(driver.scheduler.abort([victim]))
+            driver.scheduler.check_integrity()
+    driver.run()
+    assert driver.finals.keys() == requests.keys()
+    for number, req in requests.items():
+        room = min(req.max_tokens, 40 - len(req.prompt_token_ids))
+        expected = generate(req.prompt_token_ids, room)
+        stops = [i for i, token in enumerate(expected) if token in req.stop_token_ids]
+        if stops:
+            expected = expected[: stops[0] + 1]
+        if number in aborted:
+            assert driver.tokens[number] == expected[: len(driver.tokens[number])]
+        else:
+            assert driver.tokens[number] == expected
