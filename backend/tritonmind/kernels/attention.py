@@ -65,9 +65,9 @@ def paged_decode_attention(
         return cpu.paged_decode_attention(
             q, k_cache, v_cache, block_tables, context_lens, softmax_scale=softmax_scale, out=out
         )
-    from tritonmind.kernels import triton_decode
+    from tritonmind.kernels import triton_attention
 
-    return triton_decode.paged_decode_attention(
+    return triton_attention.paged_decode_attention(
         q, k_cache, v_cache, block_tables, context_lens, softmax_scale, num_splits,
         torch.empty_like(q) if out is None else out,
     )  # fmt: skip
@@ -101,9 +101,9 @@ def paged_prefill_attention(
         return cpu.paged_prefill_attention(
             q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale=softmax_scale, out=out
         )
-    from tritonmind.kernels import triton_prefill
+    from tritonmind.kernels import triton_attention
 
-    return triton_prefill.paged_prefill_attention(
+    return triton_attention.paged_prefill_attention(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_query_len, softmax_scale,
         torch.empty_like(q) if out is None else out,
     )  # fmt: skip

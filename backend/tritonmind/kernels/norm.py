@@ -27,7 +27,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, out: torch.Te
         return cpu.rms_norm(x, weight, eps=eps, out=out)
     from tritonmind.kernels import triton_norm
 
-    return triton_norm.rms_norm(x, weight, eps, torch.empty_like(x) if out is None else out)
+    return triton_norm.rms_norm(x, None, weight, eps, torch.empty_like(x) if out is None else out)
 
 
 def add_rms_norm(
@@ -44,4 +44,4 @@ def add_rms_norm(
         return cpu.add_rms_norm(x, residual, weight, eps=eps, out=out)
     from tritonmind.kernels import triton_norm
 
-    return triton_norm.add_rms_norm(x, residual, weight, eps, torch.empty_like(x) if out is None else out), residual
+    return triton_norm.rms_norm(x, residual, weight, eps, torch.empty_like(x) if out is None else out), residual

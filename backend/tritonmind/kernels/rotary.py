@@ -60,4 +60,4 @@ def rotary_kv_write(
 
     if out is None:
         out = qkv.new_empty((num_tokens, num_heads, head_dim))
-    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, **heads, out=out)
+    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, out)
