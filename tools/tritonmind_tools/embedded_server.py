@@ -80,6 +80,10 @@ class EmbeddedServer:
         self._log_verbose = log_verbose
         self._start_timeout_s = start_timeout_s
         self._model_py = model_py or resource("backend/model.py")
+        if not self._model_py.is_file():
+            raise TritonmindError(
+                f"{self._model_py} is missing: --lib-dir takes a folder that holds a backend's model.py"
+            )
         self._env = dict(env or {})
         self._on_progress = on_progress
         self._scratch: Path | None = None
@@ -280,6 +284,7 @@ def run(args: argparse.Namespace) -> int:
         log_path=args.log_file,
         log_verbose=args.log_verbose,
         start_timeout_s=args.start_timeout,
+        model_py=args.lib_dir / "model.py" if args.lib_dir else None,
         on_progress=_say,
     )
     started = time.monotonic()

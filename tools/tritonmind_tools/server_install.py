@@ -2,6 +2,8 @@
 
 The server is the one inside the `nvidia-pytriton` wheel. Its Python stub is linked against one libpython, starts
 isolated (PYTHON* variables are ignored) and takes the site-packages of the first `python3` on PATH.
+
+`python -m tritonmind_tools.server_install` says why an interpreter does not fit; it needs nothing installed.
 """
 
 from __future__ import annotations
@@ -63,12 +65,8 @@ def find_server() -> ServerInstall:
 
     Raises ServerInstallError naming what is missing and how to get it.
     """
+    check_interpreter()
     version = python_version()
-    if version not in SUPPORTED_PYTHONS:
-        raise ServerInstallError(
-            f"Python {version} runs this, but the embedded server has parts for {', '.join(SUPPORTED_PYTHONS)} only: "
-            "make the virtual environment with one of those"
-        )
     home = _server_home()
     stub = home / "python_backend_stubs" / version / STUB_NAME
     executable = home / "bin" / "tritonserver"
@@ -89,6 +87,22 @@ def find_server() -> ServerInstall:
         library_dirs=tuple(path for path in libraries if path.is_dir()),
         python_dir=python_dir,
     )
+
+
+def check_interpreter() -> None:
+    """Raise ServerInstallError unless this interpreter can hold the embedded server, installed or not."""
+    version = python_version()
+    if version not in SUPPORTED_PYTHONS:
+        raise ServerInstallError(
+            f"Python {version} runs this, but the embedded server has parts for {', '.join(SUPPORTED_PYTHONS)} only: "
+            "make the virtual environment with one of those"
+        )
+    for module in ("venv", "ensurepip"):
+        if importlib.util.find_spec(module) is None:
+            raise ServerInstallError(
+                f"Python {version} lacks the module {module} (Debian, Ubuntu: apt-get install python{version}-venv)"
+            )
+    find_libpython()
 
 
 def python_version() -> str:
@@ -150,3 +164,10 @@ def _system_library_dirs() -> list[str]:
         "/usr/lib64",
         "/usr/lib",
     ]
+
+
+if __name__ == "__main__":
+    try:
+        check_interpreter()
+    except ServerInstallError as error:
+        sys.exit(str(error))
