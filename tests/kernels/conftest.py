@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from kernel_cases import CPU_TARGETS, GPU_TARGETS, Target
 
+from tests.kernels.kernel_cases import CPU_TARGETS, GPU_TARGETS, Target
 from tritonmind.kernels.dispatch import force_triton
 
 GPU_PARAMS = [pytest.param(target, id=name, marks=pytest.mark.gpu) for name, target in GPU_TARGETS.items()]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import Target, make_pages
-from tolerances import assert_close
 
+from tests.kernels.kernel_cases import Target, make_pages
+from tests.tolerances import assert_close
 from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, reference
 
 # (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4 and 7 heads, head_dims that are no power of two.

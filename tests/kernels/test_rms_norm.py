@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import Target
-from tolerances import assert_close
 
+from tests.kernels.kernel_cases import Target
+from tests.tolerances import assert_close
 from tritonmind.kernels import add_rms_norm, reference, rms_norm
 
 EPS = 1e-5

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kernel_cases import Target
-from tolerances import assert_close
 
+from tests.kernels.kernel_cases import Target
+from tests.tolerances import assert_close
 from tritonmind.kernels import reference, rotary_kv_write
 
 # (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4 and 7 heads, head_dims that are no power of two.

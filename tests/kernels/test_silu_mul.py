@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import Target
-from tolerances import assert_close
 
+from tests.kernels.kernel_cases import Target
+from tests.tolerances import assert_close
 from tritonmind.kernels import reference, silu_mul
 
 SHAPES = [(1, 32), (3, 100), (2, 1536), (4, 1), (0, 16)]
