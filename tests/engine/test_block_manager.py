@@ -24,7 +24,7 @@ def sequence(tokens: list[int], request_id: int = 0) -> Sequence:
             top_p=1.0,
             seed=0,
             stop_token_ids=[],
-        )  # fmt: skip
+        )
     )
 
 

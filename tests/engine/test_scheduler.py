@@ -22,9 +22,15 @@ def request(
     request_id: int, prompt: list[int], max_tokens: int, stop_token_ids: list[int] | None = None
 ) -> EngineRequest:
     return EngineRequest(
-        request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        max_tokens=max_tokens,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
         stop_token_ids=stop_token_ids or [],
-    )  # fmt: skip
+    )
 
 
 class Driver:

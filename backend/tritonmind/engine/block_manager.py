@@ -3,7 +3,7 @@
 Every block is in exactly one state:
 
     used    reference count > 0: in the block table of that many sequences; may carry a hash
-    cached  reference count 0, carries a hash: its K and V can be reused, or the block evicted, least recently used first
+    cached  reference count 0, carries a hash: its K and V can be reused; evicted least recently used first
     free    reference count 0, no hash
 
 A block's hash covers its own tokens and, through its predecessor's hash, all tokens before it. Blocks get a hash only

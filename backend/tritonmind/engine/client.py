@@ -81,8 +81,8 @@ class EngineClient(ABC):
             limit = self.info.max_num_seqs + self.info.max_queue_size
             if self.info.max_queue_size and len(self._live) >= limit:
                 raise UnavailableError(
-                    f"the queue is full: {len(self._live)} requests are live, max_queue_size={self.info.max_queue_size} "
-                    f"beyond the {self.info.max_num_seqs} that run at once; try again later"
+                    f"the queue is full: {len(self._live)} requests are live, {self.info.max_num_seqs} may run and "
+                    f"max_queue_size={self.info.max_queue_size} wait; try again later"
                 )
             assert request.request_id not in self._live
             self._live[request.request_id] = on_output

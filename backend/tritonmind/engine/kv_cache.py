@@ -32,9 +32,9 @@ class MemoryPlan(NamedTuple):
     def describe(self) -> str:
         gib = 1 << 30
         return (
-            f"{self.free_bytes / gib:.2f} GiB free beside the weights, {self.reserved_bytes / gib:.2f} GiB kept for activations, "
-            f"KV cache {self.num_blocks * self.block_bytes / gib:.2f} GiB = {self.num_blocks} blocks of {self.block_size} tokens "
-            f"({self.num_blocks * self.block_size} tokens)"
+            f"{self.free_bytes / gib:.2f} GiB free beside the weights, {self.reserved_bytes / gib:.2f} GiB kept for "
+            f"activations, KV cache {self.num_blocks * self.block_bytes / gib:.2f} GiB = {self.num_blocks} blocks of "
+            f"{self.block_size} tokens ({self.num_blocks * self.block_size} tokens)"
         )
 
 
@@ -66,7 +66,8 @@ def plan_memory(
     needed = -(-config.scheduler.max_model_len // config.cache.block_size)
     if num_blocks < needed:
         raise ConfigError(
-            f"cache_max_entry_count={wanted} gives {num_blocks} KV blocks of {config.cache.block_size} tokens, but one session of "
+            f"cache_max_entry_count={wanted} gives {num_blocks} KV blocks of {config.cache.block_size} tokens, but one "
+            f"session of "
             f"session_len={config.scheduler.max_model_len} tokens needs {needed} ({needed * size / 2**30:.2f} GiB; "
             f"{free_bytes / 2**30:.2f} GiB free): lower session_len, raise cache_max_entry_count, or free memory"
         )

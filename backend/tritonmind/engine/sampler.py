@@ -59,7 +59,7 @@ def keep_top_k(scores: torch.Tensor, top_k: int) -> None:
 
 
 def keep_top_p(scores: torch.Tensor, top_p: float) -> None:
-    """Keep the smallest set of scores [vocab_size] whose probability reaches `top_p` (Holtzman et al. 2019), in place."""
+    """Keep the smallest set of scores [vocab_size] with probability `top_p` (Holtzman et al. 2019), in place."""
     ordered, order = scores.sort(descending=True, stable=True)
     probabilities = ordered.softmax(dim=0)
     mass_before = probabilities.cumsum(dim=0) - probabilities

@@ -1,4 +1,4 @@
-"""The engine in a thread of this process: for the local Python API and tests, where one process is worth more than speed."""
+"""The engine in a thread of this process: for the local Python API and tests."""
 
 from __future__ import annotations
 

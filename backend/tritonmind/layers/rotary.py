@@ -29,8 +29,9 @@ def inverse_frequencies(model: ModelConfig, max_model_len: int) -> torch.Tensor:
         if max_model_len <= model.max_position_embeddings:
             return inv_freq
         raise ConfigError(
-            f"session_len={max_model_len} is beyond max_position_embeddings={model.max_position_embeddings}, where rope_scaling "
-            f"'dynamic' would act; this version does not do that: set session_len to at most {model.max_position_embeddings}"
+            f"session_len={max_model_len} is beyond max_position_embeddings={model.max_position_embeddings}, where "
+            f"rope_scaling 'dynamic' would act; this version does not do that: "
+            f"set session_len to at most {model.max_position_embeddings}"
         )
     raise ConfigError(
         f"rope_scaling type {scaling.rope_type!r} is not supported; supported are linear, llama3, dynamic"
