@@ -1,0 +1,199 @@
+"""The adapter between a Triton server and tritonmind: tensors to requests, answers to responses. No model code.
+
+The server imports this file twice, in a short-lived process for auto_complete_config and in the one that serves, so
+nothing here imports torch: the engine runs in a process of its own. All threads are those of `tritonmind.serving`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from tritonmind.chat_template import load_chat_template
+from tritonmind.engine.client import EngineClient, start_engine
+from tritonmind.errors import ConfigError, TritonmindError
+from tritonmind.live_request import Answer
+from tritonmind.request_fields import INPUTS, OUTPUTS, ParsedRequest, parse_request
+from tritonmind.sampling_params import GenerationDefaults
+from tritonmind.serving import EngineFailurePolicy, RequestServer
+from tritonmind.tokenizer import Tokenizer
+from tritonmind.workspace import Workspace
+
+DEFAULT_DRAIN_TIMEOUT_S = 10.0
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """What a Triton server asks of a model: auto_complete_config, initialize, execute, is_ready, finalize."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Add the tensors that config.pbtxt leaves out and make the model decoupled. What is configured stays."""
+        for fields, add in (
+            (INPUTS, auto_complete_model_config.add_input),
+            (OUTPUTS, auto_complete_model_config.add_output),
+        ):
+            configured = {
+                tensor["name"]
+                for tensor in auto_complete_model_config.as_dict()["input" if fields is INPUTS else "output"]
+            }
+            for field in fields:
+                if field.name not in configured:
+                    tensor = {"name": field.name, "data_type": field.data_type, "dims": [field.dims]}
+                    add(tensor | {"optional": True} if fields is INPUTS else tensor)
+        auto_complete_model_config.set_model_transaction_policy({"decoupled": True})
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the workspace's text side and start the engine. A failure's message is the user's to read."""
+        _log_to_server()
+        config = json.loads(args["model_config"])
+        parameters = _parameters(config)
+        policy = parameters.pop("engine_failure", "restart")
+        if policy not in get_args(EngineFailurePolicy):
+            raise ConfigError(f"config.pbtxt: engine_failure={policy!r} must be restart or exit")
+        self._drain_timeout_s = _seconds("drain_timeout_s", parameters.pop("drain_timeout_s", DEFAULT_DRAIN_TIMEOUT_S))
+        self._batched = config["max_batch_size"] > 0
+        workspace = Workspace.open(Path(args["model_repository"]) / args["model_version"])
+        tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
+
+        def start() -> EngineClient:
+            return start_engine(str(workspace.version_dir), parameters)
+
+        self._server = RequestServer(
+            tokenizer=tokenizer,
+            chat_template=load_chat_template(workspace.tokenizer_dir, tokenizer.special_tokens),
+            defaults=GenerationDefaults.from_dir(workspace.tokenizer_dir),
+            model=workspace.model,
+            start=start,
+            engine_failure=cast(EngineFailurePolicy, policy),
+            on_engine_exit=_stop_server,
+        )
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests in and return; the answers come from other threads."""
+        for request in requests:
+            responder = _TritonResponder(request.get_response_sender(), self._batched)
+            try:
+                parsed = _parse(request)
+            except TritonmindError as error:
+                self._server.refuse(responder, error)
+            except Exception as error:
+                # An exception that leaves execute() would fail the other requests of this call too.
+                logging.getLogger("tritonmind").exception("a request could not be read")
+                self._server.refuse(responder, TritonmindError(f"internal error: {error!r}"))
+            else:
+                responder.outputs = parsed.outputs
+                self._server.accept(parsed, responder)
+
+    def is_ready(self) -> bool:
+        """Whether the engine can take requests (asked by servers from 26.03 on)."""
+        return self._server.is_ready()
+
+    def finalize(self) -> None:
+        """Let live requests end for drain_timeout_s, end the rest, stop threads and engine."""
+        server = getattr(self, "_server", None)  # absent when initialize failed
+        if server is not None:
+            server.close(self._drain_timeout_s)
+
+
+class _TritonResponder:
+    """One request's way back to its client."""
+
+    def __init__(self, sender: Any, batched: bool) -> None:
+        self.outputs: frozenset[str] = frozenset()
+        self._sender = sender
+        self._shape = (1, -1) if batched else (-1,)
+
+    def send(self, answer: Answer, *, final: bool) -> None:
+        values: dict[str, tuple[list[Any], Any]] = {
+            "text_output": ([answer.text.encode()], np.object_),
+            "token_ids": (answer.token_ids, np.int32),
+            "finish_reason": ([(answer.finish_reason or "").encode()], np.object_),
+            "stop_reason": ([(answer.stop_reason or "").encode()], np.object_),
+            "num_input_tokens": ([answer.num_input_tokens], np.uint32),
+            "num_output_tokens": ([answer.num_output_tokens], np.uint32),
+            "num_cached_tokens": ([answer.num_cached_tokens], np.uint32),
+        }
+        tensors = [
+            pb_utils.Tensor(name, np.array(data, dtype=dtype).reshape(self._shape))
+            for name, (data, dtype) in values.items()
+            if name in self.outputs
+        ]
+        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=FINAL if final else 0)
+
+    def fail(self, error: TritonmindError) -> None:
+        code = getattr(pb_utils.TritonError, error.code)
+        response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error), code))
+        self._sender.send(response, flags=FINAL)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class _ServerLogHandler(logging.Handler):
+    """Writes log records to the Triton server's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = pb_utils.Logger
+        if record.levelno >= logging.ERROR:
+            write = logger.log_error
+        else:
+            write = logger.log_warn if record.levelno >= logging.WARNING else logger.log_info
+        write(f"tritonmind: {self.format(record)}")
+
+
+def _log_to_server() -> None:
+    log = logging.getLogger("tritonmind")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [_ServerLogHandler() if hasattr(pb_utils, "Logger") else logging.StreamHandler()]
+
+
+def _parse(request: Any) -> ParsedRequest:
+    tensors: dict[str, np.ndarray] = {}
+    for field in INPUTS:
+        tensor = pb_utils.get_input_tensor_by_name(request, field.name)
+        if tensor is not None:
+            tensors[field.name] = tensor.as_numpy()
+    return parse_request(tensors, json.loads(request.parameters() or "{}"), request.requested_output_names())
+
+
+def _parameters(config: dict[str, Any]) -> dict[str, object]:
+    """config.pbtxt's parameters: numbers and booleans as such, empty ones left out.
+
+    Those in capitals are the Python backend's own (EXECUTION_ENV_PATH, FORCE_CPU_ONLY_INPUT_TENSORS).
+    """
+    parameters: dict[str, object] = {}
+    for name, entry in config.get("parameters", {}).items():
+        text = entry["string_value"]
+        if text == "" or name.isupper():
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        parameters[name] = value if isinstance(value, (int, float, bool)) else text
+    return parameters
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigError(f"config.pbtxt: {name}={value!r} must be a number of seconds, 0 or more")
+    return float(value)
+
+
+def _stop_server() -> None:
+    """End the server this process belongs to, so that whatever supervises it starts a new one."""
+    parent = os.getppid()
+    if Path(f"/proc/{parent}/comm").read_text().strip() == "tritonserver":
+        os.kill(parent, signal.SIGTERM)
+    else:
+        os._exit(1)
