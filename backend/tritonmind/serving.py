@@ -172,7 +172,7 @@ class RequestServer:
 
     def _tokenise(self, request: ParsedRequest) -> tuple[list[int], str]:
         """Token ids of the prompt, and its text if the answer is to begin with it."""
-        tokenizer = self._self._tokenizer
+        tokenizer = self._tokenizer
         if request.input_ids is not None:
             return request.input_ids, tokenizer.decode(request.input_ids) if request.echo else ""
         if request.messages is not None:
