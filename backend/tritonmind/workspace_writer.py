@@ -50,7 +50,7 @@ class WorkspaceWriter:
         self._source_config = source_config
         self._tp = tensor_parallel_size
         self._triton_batch_dim = triton_batch_dim
-        _check_destination(self._destination, force)
+        check_destination(self._destination, force)
         groups = {"common": common_tensor_specs(model)}
         for rank in range(tensor_parallel_size):
             groups[f"rank{rank}"] = tensor_specs(model, tensor_parallel_size, rank)
@@ -134,7 +134,8 @@ def _with_batch_dim(pbtxt: str) -> str:
     return pbtxt.replace("max_batch_size: 0", "max_batch_size: 1")
 
 
-def _check_destination(destination: Path, force: bool) -> None:
+def check_destination(destination: Path, force: bool) -> None:
+    """Raise WorkspaceError when a workspace must not be written to `destination`."""
     if destination.is_symlink():
         raise WorkspaceError(f"{destination} is a symbolic link: give the directory itself as --dst-path")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):

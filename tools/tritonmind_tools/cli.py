@@ -1,0 +1,72 @@
+"""The console script `tritonmind`. Commands import what is heavy when they run, so that --help is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from tritonmind import __version__
+from tritonmind.errors import TritonmindError
+from tritonmind_tools import check_env, convert, embedded_server, triton_client
+
+_RED, _RESET = "\x1b[31m", "\x1b[0m"
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    args = build_parser().parse_args(normalise(sys.argv[1:] if argv is None else argv))
+    try:
+        exit_code: int = args.run(args)
+        return exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    # OSError: a full disk or a forbidden path is the user's to mend, and its message names the path.
+    except (TritonmindError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        _print_error(str(error))
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tritonmind", description="LLM serving for NVIDIA Triton Inference Server: convert, serve, check."
+    )
+    parser.add_argument("--version", action="version", version=f"tritonmind {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    convert.register(commands)
+    serve = commands.add_parser("serve", help="start a server, or a client of one")
+    serve_commands = serve.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    embedded_server.register(serve_commands)
+    triton_client.register(serve_commands)
+    check_env.register(commands)
+    return parser
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Spell option names with '-': --dst_path=X becomes --dst-path=X. Values and what follows '--' stay as they are."""
+    normalised: list[str] = []
+    for position, argument in enumerate(argv):
+        if argument == "--":
+            return [*normalised, *argv[position:]]
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        normalised.append(argument)
+    return normalised
+
+
+def _print_error(message: str) -> None:
+    text = f"tritonmind: error: {' '.join(message.split())}"
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        text = f"{_RED}{text}{_RESET}"
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
