@@ -208,9 +208,9 @@ def test_missing_image_names_the_build_command(run: Run, bin_dir: Path) -> None:
 
 def test_container_failure_shows_the_cause(run: Run, bin_dir: Path) -> None:
     executable(bin_dir / "docker", DOCKER)
-    log = "I1 noise\\nE1 \\\"failed to load 'tritonmind' version 1: Internal: config.ini: no session_len\\\"\\nI1 noise"
+    log = "I1 noise\\nE1 \\\"failed to load 'tritonmind' version 1: Internal: config.ini: no end_id\\\"\\nI1 noise"
     done = run("--docker", IMAGE_HERE=IMAGE, DOCKER_LOG=log)
     assert done.returncode == 1
-    assert "config.ini: no session_len" in done.stderr
+    assert "config.ini: no end_id" in done.stderr
     assert "noise" not in done.stderr
     assert "Ready" not in done.stdout
