@@ -62,7 +62,7 @@ def test_long_context(gpu_target: Target) -> None:
 
 
 def test_row_does_not_depend_on_the_batch(target: Target) -> None:
-    """Bit for bit, at a given number of splits: whatever shares the batch, and however wide the table is."""
+    """Bit for bit in the kernel, at a given number of splits, whatever shares the batch and however wide the table."""
     pages = make_pages([40, 75, 1, 64], num_kv_heads=3, head_dim=64, block_size=32, target=target, spare_columns=3)
     q = target.randn(4, 9, 64)
     batch = paged_decode_attention(q, *pages, softmax_scale=0.125, num_splits=2)
@@ -77,7 +77,10 @@ def test_row_does_not_depend_on_the_batch(target: Target) -> None:
             softmax_scale=0.125,
             num_splits=2,
         )
-        assert torch.equal(alone[0], batch[row])
+        if target.triton:
+            assert torch.equal(alone[0], batch[row])
+        else:
+            assert_close(alone[0], batch[row])
 
 
 def test_strided_block_tables(target: Target) -> None:
@@ -87,6 +90,12 @@ def test_strided_block_tables(target: Target) -> None:
     narrow = pages._replace(block_tables=pages.block_tables[:, :3])
     assert not narrow.block_tables.is_contiguous()
     assert_close(paged_decode_attention(q, *narrow, softmax_scale=0.2), reference_of(q, pages, 0.2), target.dtype)
+
+
+def test_ragged_batch_on_the_cpu() -> None:
+    """More pages than the CPU path gathers at a time: groups of rows by length, out of order."""
+    target = Target(False, "cpu", torch.float32)
+    check((8, 4, 64), [700, 3, 64, 0, 650, 65, 700, 1200, 1, 129, 64], target, block_size=64, num_splits=0)
 
 
 def test_large_scores_do_not_overflow(target: Target) -> None:

@@ -1,17 +1,31 @@
 """The CPU serving path: what reference.py computes, arranged for few torch calls and few copies.
 
-Each function writes to `out` when there is one. A row's result does not depend on the other rows of the batch.
+A torch call costs 2 to 5 us and a decoder step makes hundreds: small batches pay for calls, large ones for copies. What
+shares the batch moves a row's result by rounding only, as it does in the matrix products around these functions.
+Arguments are the launchers', checked there; each function writes to `out` when there is one.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+
+# K and V gathered at a time: what a core's L2 holds, between too many calls and copies that fall out of the cache.
+GATHER_BYTES = 4 << 20
+# Queries of one attention call in a prompt: a causal mask wastes half a tile of work, more calls cost more.
+QUERY_TILE = 256
+# From here on scattering K and V with one index is cheaper than a copy a token.
+MIN_INDEXED_TOKENS = 3
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """See norm.rms_norm."""
-    normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    if x.dtype == torch.float32 and out is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    normed = F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
     return torch.mul(normed, weight, out=out)
 
 
@@ -26,9 +40,8 @@ def add_rms_norm(
 def silu_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """See activation.silu_mul."""
     gate, up = x.float().chunk(2, dim=-1)
-    if out is None:
-        return (F.silu(gate) * up).to(x.dtype)
-    return out.copy_(F.silu(gate) * up)
+    product = F.silu(gate).mul_(up)
+    return product.to(x.dtype) if out is None else out.copy_(product)
 
 
 def rotary_kv_write(
@@ -45,27 +58,105 @@ def rotary_kv_write(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See rotary.rotary_kv_write."""
-    half = head_dim // 2
-    num_rotated = num_heads + num_kv_heads
-    heads = qkv.view(-1, num_rotated + num_kv_heads, head_dim)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    first, second = heads[:, :num_rotated].float().split(half, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    keep = (slot_mapping >= 0).nonzero().flatten()
-    slots = slot_mapping[keep].long()
-    block, offset = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[block, :, offset] = rotated[keep, num_heads:].to(k_cache.dtype)
-    v_cache[block, :, offset] = heads[keep, num_rotated:]
-    if out is None:
-        return rotated[:, :num_heads].to(qkv.dtype).contiguous()
-    return out.copy_(rotated[:, :num_heads])
+    num_tokens, half = len(qkv), head_dim // 2
+    heads = qkv.view(num_tokens, -1, head_dim)
+    cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)
+    first, second = heads[:, : num_heads + num_kv_heads].float().split(half, dim=2)
+    rotated = qkv.new_empty((num_tokens, num_heads + num_kv_heads, head_dim), dtype=torch.float32)
+    rotated_first, rotated_second = rotated.split(half, dim=2)
+    torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=rotated_second).addcmul_(first, sin)
+    v = heads[:, num_heads + num_kv_heads :]
+    _write_slots(k_cache, v_cache, rotated[:, num_heads:], v, slot_mapping)
+    q = rotated[:, :num_heads]
+    return q.to(qkv.dtype).contiguous() if out is None else out.copy_(q)
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, context_len: int) -> torch.Tensor:
-    """The first context_len tokens of the blocks, [1, num_kv_heads, context_len, D]."""
-    _, num_kv_heads, _, head_dim = cache.shape
-    pages = cache.index_select(0, blocks).transpose(0, 1)
-    return pages.reshape(1, num_kv_heads, -1, head_dim)[:, :, :context_len]
+def _write_slots(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write k and v [T, num_kv_heads, D] to their slots; those of slot -1 nowhere."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if len(k) < MIN_INDEXED_TOKENS:
+        for token, slot in enumerate(slot_mapping.tolist()):
+            if slot >= 0:
+                k_cache[slot // block_size, :, slot % block_size] = k[token]
+                v_cache[slot // block_size, :, slot % block_size] = v[token]
+        return
+    if slot_mapping.min() < 0:
+        kept = (slot_mapping >= 0).nonzero().flatten()
+        slot_mapping, k, v = slot_mapping[kept], k[kept], v[kept]
+    # Row (block * num_kv_heads + head) * block_size + offset of the flattened pool.
+    slots = slot_mapping.long()
+    first_rows = slots + (slots // block_size) * ((num_kv_heads - 1) * block_size)
+    rows = (first_rows.unsqueeze(1) + torch.arange(num_kv_heads) * block_size).flatten()
+    k_cache.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim).to(k_cache.dtype))
+    v_cache.view(-1, head_dim).index_copy_(0, rows, v.reshape(-1, head_dim))
+
+
+@functools.cache
+def _head_numbers(num_kv_heads: int) -> torch.Tensor:
+    return torch.arange(num_kv_heads, dtype=torch.int32).unsqueeze(1)
+
+
+def _gather(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, num_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of the first num_blocks pages of R sequences, [R, num_kv_heads, num_blocks * block_size, D] each."""
+    total, num_kv_heads, _, head_dim = k_cache.shape
+    tables = block_tables[:, None, :num_blocks]
+    rows = torch.add(_head_numbers(num_kv_heads), tables, alpha=num_kv_heads).flatten()
+    shape = (len(block_tables), num_kv_heads, -1, head_dim)
+    k = k_cache.view(total * num_kv_heads, -1).index_select(0, rows).view(shape)
+    return k, v_cache.view(total * num_kv_heads, -1).index_select(0, rows).view(shape)
+
+
+def _decode_one(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, context_len: int,
+    softmax_scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Decode attention of one sequence, q [1, H, D]."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    k, v = _gather(k_cache, v_cache, block_tables, -(-context_len // block_size))
+    grouped = q.view(1, num_kv_heads, -1, head_dim)
+    return F.scaled_dot_product_attention(
+        grouped, k[:, :, :context_len], v[:, :, :context_len], scale=softmax_scale
+    ).view_as(q)
+
+
+def _decode_many(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+    context_lens: torch.Tensor, num_blocks: int, softmax_scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Decode attention of sequences of at most num_blocks pages, padded to that many, q [R, H, D]."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    lengths = context_lens.unsqueeze(1)
+    # A table says nothing past a sequence's pages; its first page stands in there.
+    used = torch.arange(num_blocks, dtype=torch.int32) * block_size < lengths
+    tables = torch.where(used, block_tables[:, :num_blocks], block_tables[:, :1])
+    k, v = _gather(k_cache, v_cache, tables, num_blocks)
+    visible = (torch.arange(num_blocks * block_size, dtype=torch.int32) < lengths)[:, None, None]
+    grouped = q.view(len(q), num_kv_heads, -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, visible, scale=softmax_scale)
+    if out.sum().isnan():
+        # Unused slots hold anything. A weight of zero silences what is finite; the rest must go.
+        hidden = ~visible.transpose(2, 3)
+        k, v = k.masked_fill_(hidden, 0), v.masked_fill_(hidden, 0)
+        out = F.scaled_dot_product_attention(grouped, k, v, visible, scale=softmax_scale)
+    return out.view_as(q)
+
+
+def _groups(num_blocks: list[int], max_blocks: int) -> Iterator[list[int]]:
+    """Rows with pages, shortest first, in groups whose padded pages stay within max_blocks (or of one row)."""
+    group: list[int] = []
+    for row in sorted(range(len(num_blocks)), key=num_blocks.__getitem__):
+        if group and (len(group) + 1) * num_blocks[row] > max_blocks:
+            yield group
+            group = []
+        if num_blocks[row]:
+            group.append(row)
+    if group:
+        yield group
 
 
 def paged_decode_attention(
@@ -79,10 +170,25 @@ def paged_decode_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See attention.paged_decode_attention."""
-    cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32)
-    return paged_prefill_attention(
-        q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale=softmax_scale, out=out
-    )
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    lengths = context_lens.tolist()
+    if out is None and len(lengths) == 1 and lengths[0]:
+        return _decode_one(q, k_cache, v_cache, block_tables, lengths[0], softmax_scale)
+    out = torch.zeros_like(q) if out is None else out.zero_()
+    num_blocks = [-(-length // block_size) for length in lengths]
+    block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
+    for group in _groups(num_blocks, GATHER_BYTES // block_bytes):
+        first, last = group[0], group[-1]
+        if first == last:
+            row = slice(first, first + 1)
+            out[row] = _decode_one(q[row], k_cache, v_cache, block_tables[row], lengths[first], softmax_scale)
+            continue
+        adjacent = group == list(range(first, last + 1))
+        rows = slice(first, last + 1) if adjacent else torch.tensor(group)
+        out[rows] = _decode_many(
+            q[rows], k_cache, v_cache, block_tables[rows], context_lens[rows], num_blocks[last], softmax_scale
+        )
+    return out
 
 
 def paged_prefill_attention(
@@ -104,14 +210,17 @@ def paged_prefill_attention(
         start, end = max(starts[row], starts[row + 1] - context_len), starts[row + 1]
         if start >= end:
             continue
-        blocks = block_tables[row, : -(-context_len // block_size)]
-        hidden = torch.ones(end - start, context_len, dtype=torch.bool).tril_(context_len - (end - start))
-        out[start:end] = F.scaled_dot_product_attention(
-            q[None, start:end].transpose(1, 2),
-            _gather(k_cache, blocks, context_len),
-            _gather(v_cache, blocks, context_len),
-            attn_mask=hidden,
-            scale=softmax_scale,
-            enable_gqa=True,
-        )[0].transpose(0, 1)
+        k, v = _gather(k_cache, v_cache, block_tables[row : row + 1], -(-context_len // block_size))
+        for tile in range(start, end, QUERY_TILE):
+            tile_end = min(tile + QUERY_TILE, end)
+            num_queries, num_visible = tile_end - tile, context_len - (end - tile_end)
+            visible = torch.ones(num_queries, num_visible, dtype=torch.bool).tril_(num_visible - num_queries)
+            out[tile:tile_end] = F.scaled_dot_product_attention(
+                q[None, tile:tile_end].transpose(1, 2),
+                k[:, :, :num_visible],
+                v[:, :, :num_visible],
+                visible,
+                scale=softmax_scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
     return out
