@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from tritonmind.errors import ConfigError, InvalidRequestError, TritonmindError, UnavailableError
+from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 from tritonmind.messages import (
     Abort,
     Call,
@@ -73,8 +73,8 @@ class EngineClient(ABC):
         return next(self._request_ids)
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
-        """Send a request. InvalidRequestError if it cannot be served, UnavailableError if the engine cannot now."""
-        self._validate(request)
+        """Send a request made by `sampling_params.resolve`. UnavailableError if the engine cannot take it now."""
+        self._check(request)
         with self._lock:
             if self._failure is not None:
                 raise UnavailableError(f"the engine is down: {self._failure}")
@@ -155,17 +155,11 @@ class EngineClient(ABC):
     def _stop(self, timeout: float) -> None:
         """End the engine's process or thread, and our receive thread."""
 
-    def _validate(self, request: EngineRequest) -> None:
+    def _check(self, request: EngineRequest) -> None:
+        """`sampling_params.resolve` has refused what a user may get wrong; past here it would take the engine down."""
         ids, info = request.prompt_token_ids, self.info
-        if not ids:
-            raise InvalidRequestError("prompt", ids, "must hold at least one token")
-        if len(ids) >= info.max_model_len:
-            raise InvalidRequestError(
-                "prompt", f"{len(ids)} tokens", f"must leave room for an answer within session_len={info.max_model_len}"
-            )
-        for bound in (min(ids), max(ids)):
-            if not 0 <= bound < info.vocab_size:
-                raise InvalidRequestError("input_ids", bound, f"token ids lie in 0..{info.vocab_size - 1}")
+        assert 0 < len(ids) < info.max_model_len and min(ids) >= 0 and max(ids) < info.vocab_size
+        assert 0 < request.max_tokens <= info.max_model_len - len(ids)
 
     def _call(self, method: Method, timeout: float) -> Reply:
         replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()

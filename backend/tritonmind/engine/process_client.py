@@ -41,7 +41,11 @@ class ProcessEngineClient(EngineClient):
         self._inbox.bind(addresses["from_engine"])
         self._encoder = msgspec.msgpack.Encoder()
         self._closing = threading.Event()
-        setup = {"workspace": str(Path(workspace_path).resolve()), "overrides": dict(overrides), **addresses}
+        setup: dict[str, object] = {
+            "workspace": str(Path(workspace_path).resolve()),
+            "overrides": dict(overrides),
+            **addresses,
+        }
         self._process = _start_process(interpreter, setup)
         self._thread = threading.Thread(target=self._receive_all, name="engine-receive", daemon=True)
         self._thread.start()

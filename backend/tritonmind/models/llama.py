@@ -69,9 +69,10 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, inputs: ModelInputs, kv_caches: KVCaches) -> torch.Tensor:
         """-> logits [num_samples, vocab_size] in the model's dtype. Writes the step's K and V into `kv_caches`."""
         x = F.embedding(inputs.token_ids, self.tok_embeddings)
-        residual = None
+        residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache)
+        assert residual is not None  # a model has at least one layer
         rows = inputs.logits_rows
         x, _ = self.norm(x.index_select(0, rows), residual.index_select(0, rows))
         return self.output(x)

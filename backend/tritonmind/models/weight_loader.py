@@ -54,7 +54,7 @@ def load_model(
 
 
 def _parts(model: LlamaForCausalLM) -> Iterator[tuple[int, int | None]]:
-    fused = {_weight(layer.w13).data_ptr() for layer in model.layers}  # type: ignore[arg-type, union-attr]
+    fused = {_weight(layer.w13).data_ptr() for layer in model.layers}  # type: ignore[arg-type]
     for tensor in model.state_dict().values():
         if tensor.data_ptr() in fused:
             yield from ((tensor.data_ptr(), part) for part in (0, 1))

@@ -1,0 +1,131 @@
+"""The Python API: a workspace, text or token ids in, text out."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeAlias
+
+from tritonmind.chat_template import Message, load_chat_template
+from tritonmind.engine.client import start_engine
+from tritonmind.errors import InvalidRequestError, TritonmindError
+from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
+from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve
+from tritonmind.text_stream import TextDelta, TextStream
+from tritonmind.tokenizer import Tokenizer
+from tritonmind.workspace import Workspace
+
+# Text as it stands, token ids, or a conversation for the chat template.
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer. num_cached_tokens: prompt tokens that came from the prefix cache."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class LLM:
+    """A model ready to generate. Close it, or use it as a context manager: the engine is a process of its own.
+
+    overrides: fields of EngineConfig and of its parts, over the workspace's config.ini.
+    """
+
+    def __init__(self, workspace_path: str, *, in_process: bool = False, **overrides: object) -> None:
+        workspace = Workspace.open(workspace_path)
+        self.model = workspace.model
+        self.tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
+        special_tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
+        self.chat_template = load_chat_template(
+            workspace.tokenizer_dir, {name: token for name, token in special_tokens.items() if token is not None}
+        )
+        self.defaults = GenerationDefaults.from_dir(workspace.tokenizer_dir)
+        self.engine = start_engine(workspace_path, dict(overrides), in_process=in_process)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.shutdown()
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Answer all prompts, batched together; answers in the order of the prompts."""
+        answers: list[tuple[EngineRequest, queue.SimpleQueue[TokenOutput]]] = []
+        requests = [self._request(prompt, params or SamplingParams()) for prompt in prompts]
+        for request in requests:
+            outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+            self.engine.submit(request, outputs.put)
+            answers.append((request, outputs))
+        return [self._collect(request, iter(outputs.get, None), params) for request, outputs in answers]
+
+    def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """Answer one prompt piece by piece. Leaving early cancels the rest."""
+        request = self._request(prompt, params or SamplingParams())
+        for delta, _ in self._deltas(request, self.engine.stream(request), params):
+            yield delta
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
+        return resolve(
+            params,
+            self.defaults,
+            request_id=self.engine.next_request_id(),
+            prompt_token_ids=self._encode(prompt),
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.engine.info.max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        if not prompt or isinstance(prompt[0], int):
+            return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+        if self.chat_template is None:
+            raise InvalidRequestError("prompt", prompt, "the checkpoint has no chat template: pass text or token ids")
+        return self.tokenizer.encode_prompt(self.chat_template.render(prompt))  # type: ignore[arg-type]
+
+    def _collect(
+        self, request: EngineRequest, outputs: Iterator[TokenOutput], params: SamplingParams | None
+    ) -> Completion:
+        deltas = list(self._deltas(request, outputs, params))
+        last, output = deltas[-1]
+        assert last.finish_reason is not None
+        return Completion(
+            text="".join(delta.text for delta, _ in deltas),
+            token_ids=[token_id for delta, _ in deltas for token_id in delta.token_ids],
+            finish_reason=last.finish_reason,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_cached_tokens=output.num_cached_tokens,
+        )
+
+    def _deltas(
+        self, request: EngineRequest, outputs: Iterator[TokenOutput], params: SamplingParams | None
+    ) -> Iterator[tuple[TextDelta, TokenOutput]]:
+        """The answer's text, ending at a stop string even if the engine has gone on past it."""
+        stream = TextStream(self.tokenizer, params.stop if params is not None else ())
+        for output in outputs:
+            if output.finish_reason == "error":
+                raise TritonmindError(output.error or "the engine failed")
+            delta = stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+            yield delta, output
+            if stream.finished:
+                self.engine.abort([request.request_id])
+                return
+
+
+def pipeline(workspace_path: str, **overrides: object) -> LLM:
+    """The LLM of a workspace, as `LLM(workspace_path, **overrides)`."""
+    return LLM(workspace_path, **overrides)  # type: ignore[arg-type]
