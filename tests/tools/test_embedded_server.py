@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tritonmind_tools.ports import PortTakenError, ensure_port_free, free_port, 
 from tritonmind_tools.server_log import failure_cause
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SOURCE_ENV = {**os.environ, "PYTHONPATH": f"{ROOT / 'backend'}:{ROOT / 'tools'}"}
 
 CONFIG = """
 name: "tritonmind"
@@ -65,7 +68,8 @@ def workspace(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def echo(tmp_path: Path) -> Path:
-    path = tmp_path / "echo_model.py"
+    path = tmp_path / "echo" / "model.py"
+    path.parent.mkdir()
     path.write_text(ECHO)
     return path
 
@@ -144,9 +148,8 @@ def test_server_dies_with_a_killed_parent(workspace: Path, echo: Path, tmp_path:
         print(server.pid, flush=True)
         time.sleep(600)
     """
-    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'backend'}:{ROOT / 'tools'}"}
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)], env=SOURCE_ENV, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -162,6 +165,36 @@ def test_server_dies_with_a_killed_parent(workspace: Path, echo: Path, tmp_path:
         parent.stdout.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_serves_until_a_signal(workspace: Path, echo: Path, tmp_path: Path, number: signal.Signals) -> None:
+    port, metrics, log = free_port(), free_port(), tmp_path / "log"
+    arguments = ["serve", "triton_server", str(workspace), "--grpc_port", str(port), "--metrics", str(metrics)]
+    command = [
+        sys.executable,
+        "-m",
+        "tritonmind_tools.cli",
+        *arguments,
+        f"--lib-dir={echo.parent}",
+        f"--log-file={log}",
+    ]
+    with subprocess.Popen(command, env=SOURCE_ENV, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            if "Metrics:" in line:
+                break
+        assert f"tritonmind serve triton_client 127.0.0.1:{port}" in shown
+        assert ask(f"127.0.0.1:{port}", "hello") == "hello"
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
+            assert b"nv_inference_request_success" in answer.read()
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        assert "Stopped" in process.stdout.read()
+    assert not is_running(child_pid(log))
 
 
 def test_taken_port_names_port_holder_and_option(workspace: Path, echo: Path, listener: int) -> None:

@@ -258,6 +258,12 @@ def register(subparsers: Any) -> None:
             help=f"also {service}, default port {port}",
         )
     parser.add_argument(
+        "--lib-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of a backend's model.py to serve with, not the package's own",
+    )
+    parser.add_argument(
         "--log-file", type=Path, metavar="FILE", help="the server's log, default in the cache directory"
     )
     parser.add_argument("--log-verbose", type=int, default=0, metavar="N", help="0 is information, 1 and more verbose")
