@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as `convert` reads them: configuration, lazily read tensors, tokenizer files."""
+"""What `convert` needs of a checkpoint, whatever its files are."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-_SINGLE = "model.safetensors"
-_SHARD_INDEX = "model.safetensors.index.json"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
 
 
 class SourceTensor(NamedTuple):
@@ -27,7 +24,7 @@ class SourceTensor(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """What `convert` needs of a checkpoint, whatever its files are."""
+    """A checkpoint that is open. `tensors` lists what it holds; the values are read when `read` is called."""
 
     path: Path
     config: dict[str, Any]
@@ -43,22 +40,6 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, a directory or a .gguf file. Raises CheckpointError when there is none."""
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist: give the directory of a downloaded checkpoint or a .gguf file "
-            "(models are not downloaded by name)"
-        )
-    if path.is_dir():
-        return HfCheckpoint(path)
-    if path.suffix.lower() == ".gguf":
-        from tritonmind_tools.gguf_checkpoint import GgufCheckpoint
-
-        return GgufCheckpoint(path)
-    raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file. Raises CheckpointError naming the file."""
     try:
@@ -70,93 +51,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return data
-
-
-class HfCheckpoint:
-    """A directory with config.json and safetensors files. Tensors stay on the disk until they are read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not (path / CONFIG).is_file():
-            raise CheckpointError(f"{path} has no {CONFIG}: it is not the directory of a Hugging Face checkpoint")
-        self.config = read_json(path / CONFIG)
-        generation = path / GENERATION_CONFIG
-        self.generation_config = read_json(generation) if generation.is_file() else {}
-        self._open_file: tuple[Path, Any] | None = None
-        self.tensors: dict[str, SourceTensor] = {}
-        for file, indexed in self._weight_files().items():
-            self._scan(file, indexed)
-
-    def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        from safetensors import SafetensorError
-
-        file = self.tensors[name].file
-        try:
-            view = self._handle(file).get_slice(name)
-            tensor: torch.Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from None
-
-    def write_tokenizer(self, destination: Path, tokenizer_path: Path | None) -> None:
-        from tritonmind_tools.tokenizer_files import collect_tokenizer
-
-        collect_tokenizer(tokenizer_path or self.path, destination)
-        generation = self.path / GENERATION_CONFIG
-        if generation.is_file():
-            (destination / GENERATION_CONFIG).write_bytes(generation.read_bytes())
-
-    def _weight_files(self) -> dict[Path, set[str] | None]:
-        """Each weight file with the names that the shard index gives it (None without an index)."""
-        index = self.path / _SHARD_INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map")
-            files: dict[Path, set[str] | None] = {}
-            for name, file_name in weight_map.items():
-                if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                    raise CheckpointError(f"{index}: {file_name!r}, the file of {name}, is no plain file name")
-                names = files.setdefault(self.path / file_name, set())
-                assert names is not None
-                names.add(name)
-            for file in files:
-                if not file.is_file():
-                    raise CheckpointError(f"{file} is missing, but {_SHARD_INDEX} names it")
-            return files
-        if (self.path / _SINGLE).is_file():
-            return {self.path / _SINGLE: None}
-        if pickles := sorted(file.name for pattern in _PICKLE_PATTERNS for file in self.path.glob(pattern)):
-            raise CheckpointError(
-                f"{self.path} holds its weights only as pickle ({pickles[0]}), which can run code when loaded. If you "
-                "trust the file, convert it to safetensors with Transformers: "
-                'python -c "from transformers import AutoModelForCausalLM, AutoTokenizer as T; '
-                f"AutoModelForCausalLM.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR'); "
-                f"T.from_pretrained('{self.path}').save_pretrained('NEW_DIR')\""
-            )
-        raise CheckpointError(f"{self.path} has neither {_SINGLE} nor {_SHARD_INDEX}")
-
-    def _scan(self, file: Path, indexed: set[str] | None) -> None:
-        from safetensors import SafetensorError
-
-        try:
-            handle = self._handle(file)
-            names = set(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or truncated: {error}") from None
-        if indexed is not None and names != indexed:
-            odd = min(names ^ indexed)
-            side = "it is not in the file" if odd in indexed else f"{_SHARD_INDEX} does not list it there"
-            raise CheckpointError(f"{file}: tensor {odd}: {side}")
-        for name in names:
-            view = handle.get_slice(name)
-            self.tensors[name] = SourceTensor(tuple(view.get_shape()), view.get_dtype(), file)
-
-    def _handle(self, file: Path) -> Any:
-        """The open file; only one at a time, so that no more than one shard is ever mapped."""
-        from safetensors import safe_open
-
-        if self._open_file is None or self._open_file[0] != file:
-            self._open_file = None
-            self._open_file = (file, safe_open(file, framework="pt"))
-        return self._open_file[1]

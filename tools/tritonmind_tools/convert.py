@@ -119,13 +119,12 @@ def convert(
     """
     from tritonmind.tensor_layout import check_tensor_parallel
     from tritonmind.workspace_writer import WorkspaceWriter, check_destination
-    from tritonmind_tools.checkpoint import open_checkpoint
     from tritonmind_tools.convert_plan import check_tensors
 
     if not _MODEL_NAME.fullmatch(model_name):
         raise ConfigError(f"MODEL_NAME={model_name!r} must consist of letters, digits, '.', '_' and '-'")
     check_destination(destination, force)
-    checkpoint = open_checkpoint(path)
+    checkpoint = _open_checkpoint(path)
     with tempfile.TemporaryDirectory(prefix="tritonmind-") as staged:
         tokenizer_dir = Path(staged, "tokenizer")
         tokenizer_dir.mkdir()
@@ -146,6 +145,24 @@ def convert(
             _write_weights(checkpoint, tp, model, writer, on_progress)
             writer.commit()
     return model
+
+
+def _open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, a directory or a .gguf file. Raises CheckpointError when there is none."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist: give the directory of a downloaded checkpoint or a .gguf file "
+            "(models are not downloaded by name)"
+        )
+    if path.is_dir():
+        from tritonmind_tools.hf_checkpoint import HfCheckpoint
+
+        return HfCheckpoint(path)
+    if path.suffix.lower() == ".gguf":
+        from tritonmind_tools.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
 
 
 def _model_config(checkpoint: Checkpoint, model_name: str, weight_type: str, tokenizer_dir: Path) -> ModelConfig:

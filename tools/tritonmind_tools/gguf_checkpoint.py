@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import CheckpointError
 from tritonmind_tools.checkpoint import GENERATION_CONFIG, SourceTensor
+from tritonmind_tools.tokenizer_files import collect_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,6 @@ class GgufCheckpoint:
         return self._state[name].narrow(dim, start, stop - start)
 
     def write_tokenizer(self, destination: Path, tokenizer_path: Path | None) -> None:
-        from tritonmind_tools.tokenizer_files import collect_tokenizer
-
         if tokenizer_path is not None:
             collect_tokenizer(tokenizer_path, destination)
         else:
