@@ -4,15 +4,21 @@ Decode splits a sequence's tiles over programs and combines their partial output
 heads of a KV head share one tile. Prefill gives each program a block of queries of one head.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of a jit function: only constexpr may stand there.
+
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-# Rows of the smallest tile that the tensor cores take, and the KV tokens of a tile (or a page, where that is smaller).
+# Rows of the smallest tile that the tensor cores take.
 MIN_ROWS = 16
+# KV tokens of a tile, or a page where that is smaller. fp32 is the exact path, without tensor cores: its tiles are
+# small because ptxas takes minutes over large ones.
 MAX_TILE_TOKENS = 64
+MAX_FP32_TILE = 32
 MAX_SPLITS = 32
 # Partial outputs of more programs than this an SM only cost their combination.
 PROGRAMS_PER_SM = 4
@@ -236,7 +242,7 @@ def paged_decode_attention(
         return out
     num_splits = num_splits or choose_num_splits(num_seqs, num_kv_heads, block_tables.shape[1], q.device)
     group = num_heads // num_kv_heads
-    block_d, block_n = triton.next_power_of_2(head_dim), min(block_size, MAX_TILE_TOKENS)
+    block_d, block_n = triton.next_power_of_2(head_dim), tile_tokens(block_size, q.dtype)
     partial = lse = None
     if num_splits > 1:
         partial = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
@@ -274,20 +280,26 @@ def paged_prefill_attention(
     num_seqs = len(context_lens)
     if not num_tokens or not num_seqs:
         return out
-    block_m = prefill_block_m(max_query_len, head_dim, q.dtype)
+    block_m = prefill_block_m(max_query_len, q.dtype)
     _prefill_kernel[(triton.cdiv(max_query_len, block_m), num_heads, num_seqs)](
         q, k_cache, v_cache, block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, out,
         softmax_scale * math.log2(math.e),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=min(block_size, MAX_TILE_TOKENS),
+        BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=tile_tokens(block_size, q.dtype),
         num_warps=8 if block_m == 128 else 4, num_stages=2 if q.dtype == torch.float32 else 3,
     )  # fmt: skip
     return out
 
 
-def prefill_block_m(max_query_len: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Query rows of a program. A fp32 tile or a head_dim above 128 has the registers of 16-bit tiles twice as high."""
-    largest = 64 if dtype == torch.float32 or head_dim > 128 else 128
+def tile_tokens(block_size: int, dtype: torch.dtype) -> int:
+    """KV tokens of a tile: a page or an even part of it."""
+    return min(block_size, MAX_FP32_TILE if dtype == torch.float32 else MAX_TILE_TOKENS)
+
+
+def prefill_block_m(max_query_len: int, dtype: torch.dtype) -> int:
+    """Query rows of a program: as few as hold max_query_len, within what registers allow."""
     if max_query_len <= 16:
         return 16
-    return min(largest, 64 if max_query_len <= 64 else 128)
+    if dtype == torch.float32:
+        return MAX_FP32_TILE
+    return 64 if max_query_len <= 64 else 128
