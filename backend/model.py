@@ -6,13 +6,10 @@ nothing here imports torch: the engine runs in a process of its own. All threads
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,9 +26,7 @@ from tritonmind.serving import EngineFailurePolicy, RequestServer
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
 
-# With the time to notice and to stop the engine, below the 8 s the embedded server waits and far below Triton's 30 s.
 DEFAULT_DRAIN_TIMEOUT_S = 5.0
-UNLOAD_PROBE_PERIOD_S = 0.25
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -81,10 +76,6 @@ class TritonPythonModel:
             engine_failure=cast(EngineFailurePolicy, policy),
             on_engine_exit=_stop_server,
         )
-        self._finalizing = threading.Event()
-        if hasattr(pb_utils, "is_model_ready"):
-            probe = functools.partial(pb_utils.is_model_ready, args["model_name"], args["model_version"])
-            threading.Thread(target=self._watch_unload, args=(probe,), name="unload-watch", daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests in and return; the answers come from other threads."""
@@ -107,31 +98,14 @@ class TritonPythonModel:
         return self._server.is_ready()
 
     def finalize(self) -> None:
-        """Let live requests end for drain_timeout_s, end the rest, stop threads and engine."""
+        """Let live requests end for drain_timeout_s, end the rest, stop threads and engine.
+
+        Servers call this after the last request has ended; a server that is told to exit waits for that at most
+        its --exit-timeout-secs.
+        """
         server = getattr(self, "_server", None)  # absent when initialize failed
         if server is not None:
-            self._finalizing.set()
             server.close(self._drain_timeout_s)
-
-    def _watch_unload(self, is_model_ready: Callable[[], bool]) -> None:
-        """Start to drain when the server begins to unload this model or to exit.
-
-        The server calls finalize only after the last request has ended, so a long answer would hold up an unload for
-        as long as it takes and a shutdown until the server's exit timeout. But it stops calling the model ready at
-        once. An unready engine makes the model unready too, so that does not count; and one look may err, two don't.
-        """
-        seen_ready, misses = False, 0
-        while misses < 2:
-            if self._finalizing.wait(UNLOAD_PROBE_PERIOD_S):
-                return
-            try:
-                ready = is_model_ready()
-            except pb_utils.TritonModelException:  # the server itself is starting or exiting
-                ready = False
-            seen_ready = seen_ready or ready
-            misses = misses + 1 if seen_ready and not ready and self._server.is_ready() else 0
-        logging.getLogger("tritonmind").info("unloading: running answers have %g s to end", self._drain_timeout_s)
-        self._server.drain(self._drain_timeout_s)
 
 
 class _TritonResponder:

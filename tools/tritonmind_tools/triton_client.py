@@ -1,8 +1,9 @@
-"""`tritonmind serve triton_client`: talk to a served model in a terminal, or through a pipe. Needs only tritonclient."""
+"""`tritonmind serve triton_client`: chat with a served model in a terminal or a pipe. Needs only tritonclient."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import queue
 import socket
@@ -70,18 +71,22 @@ class TritonClient:
             # gRPC itself would back off and retry for seconds before it says the same less clearly.
             socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise UnavailableError(f"no server answers at {address} ({error}): is it started, is this its gRPC port?")
+            raise UnavailableError(
+                f"no server answers at {address} ({error}): is it started, is this its gRPC port?"
+            ) from None
         self.address = address
         self._model = model
         self._client = grpc.InferenceServerClient(address)
         self._cancelled = threading.Event()
         self._events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         try:
-            if not self._client.is_model_ready(model, client_timeout=CONNECT_TIMEOUT_S):
-                raise UnavailableError(f"the server at {address} has no model {model!r} that is ready")
+            ready = self._client.is_model_ready(model, client_timeout=CONNECT_TIMEOUT_S)
         except InferenceServerException as error:
             self.close()
             raise UnavailableError(f"what answers at {address} is no Triton server's gRPC port: {error}") from None
+        if not ready:
+            self.close()
+            raise UnavailableError(f"the server at {address} has no model {model!r} that is ready")
 
     def __enter__(self) -> TritonClient:
         return self
@@ -105,6 +110,8 @@ class TritonClient:
 
         options: keys of sampling_parameters. Leaving the iteration early cancels the answer. Raises AnswerError.
         """
+        from tritonclient.utils import InferenceServerException
+
         inputs = _inputs(text, messages, input_ids, stream, options or {})
         self._cancelled.clear()
         events = self._events = queue.SimpleQueue()
@@ -114,7 +121,9 @@ class TritonClient:
         )
         finished = False
         try:
-            self._client.async_stream_infer(self._model, inputs, enable_empty_final_response=True)
+            # When the stream is broken already, its error is among the events.
+            with contextlib.suppress(InferenceServerException):
+                self._client.async_stream_infer(self._model, inputs, enable_empty_final_response=True)
             while not finished:
                 result, error = events.get()
                 if self._cancelled.is_set():
@@ -252,7 +261,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "triton_client",
         help="chat with a served model in the terminal",
-        description="A line in, the answer out. Ctrl-C cancels an answer; `exit`, Ctrl-D or Ctrl-C at the prompt quits. "
+        description="A line in, the answer out. Ctrl-C cancels an answer; `exit`, Ctrl-D or Ctrl-C at the prompt ends. "
         "When stdout is not a terminal the answers are plain text and the statistics go to stderr.",
     )
     parser.add_argument("address", metavar="ADDR", help="host:port of the server's gRPC service, without a scheme")
