@@ -40,6 +40,7 @@ instance_group [{ kind: KIND_MODEL count: 1 }]
 ECHO = """
 import os
 import subprocess
+import tritonmind
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
@@ -48,6 +49,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(os.environ["ECHO_FAIL"])
         self.child = subprocess.Popen(["sleep", "600"])
         pb_utils.Logger.log_info(f"child process {self.child.pid}")
+        pb_utils.Logger.log_info(f"package {os.path.realpath(tritonmind.__file__)}")
 
     def execute(self, requests):
         texts = [pb_utils.get_input_tensor_by_name(r, "text_input").as_numpy() for r in requests]
@@ -121,7 +123,9 @@ def test_serves_and_stops_everything(workspace: Path, echo: Path, tmp_path: Path
     assert time.monotonic() - began < 10
     assert not is_running(pid)
     assert not is_running(child)
-    assert "finalized" in server.log_path.read_text()
+    log = server.log_path.read_text()
+    assert "finalized" in log
+    assert f"package {ROOT / 'backend' / 'tritonmind' / '__init__.py'}" in log
     assert str(server.log_path) in progress[0]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import tritonmind
 from tritonmind.errors import TritonmindError, WorkspaceError
 from tritonmind.resources import resource
 from tritonmind_tools.ports import ensure_port_free, free_port
@@ -161,8 +162,11 @@ class EmbeddedServer:
 
     def _launch(self, install: ServerInstall, backends: Path) -> None:
         assert self._scratch is not None
-        empty = self._scratch / "cwd"  # the stub imports `model` from its working directory before the backend's
-        empty.mkdir()
+        # The stub imports from its working directory first: our own package lies there and nothing else, so that it runs
+        # the code of this process even where another version, or none, is installed.
+        directory = self._scratch / "cwd"
+        directory.mkdir()
+        (directory / "tritonmind").symlink_to(Path(tritonmind.__file__).resolve().parent)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork
         parent = os.getpid()
@@ -176,7 +180,7 @@ class EmbeddedServer:
             self._process = subprocess.Popen(
                 [str(install.executable), *self._flags(backends)],
                 env={**install.environment(), **self._env},
-                cwd=empty,
+                cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
