@@ -24,6 +24,7 @@ from tritonmind.errors import TritonmindError
 from tritonmind.messages import EngineFailed, FromEngine, ToEngine
 from tritonmind.workspace import Workspace
 
+LIFELINE_FD = 0  # standard input
 LINGER_MS = 2000  # how long the last message may take to reach the parent
 
 
@@ -73,7 +74,8 @@ def main() -> int:
 
 
 def _exit_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not through sys.stdin: a thread blocked in its lock would be fatal when the interpreter shuts down.
+    while os.read(LIFELINE_FD, 4096):
         pass
     os._exit(0)
 

@@ -1,0 +1,15 @@
+"""`tritonmind bench`: measurements that print their workload, versions, machine and share of the roofline."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tritonmind_tools.bench import static
+
+
+def register(commands: Any) -> None:
+    """Add `bench` and its kinds to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser("bench", help="measure the engine")
+    kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    static.register(kinds)

@@ -1,0 +1,61 @@
+"""What a measurement was taken on: versions, processor or card, and the memory bandwidth it can reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+COPY_BYTES = 512 << 20
+COPY_ROUNDS = 8
+
+
+def describe() -> dict[str, str]:
+    """Versions and machine, for the head of a report."""
+    import torch
+    import transformers
+
+    import tritonmind
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {os.cpu_count()} cores"
+    return {
+        "tritonmind": tritonmind.__version__,
+        "commit": _commit(),
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def host_bandwidth(num_threads: int) -> float:
+    """Bytes per second that a copy in host memory reads and writes with this many threads; the best of several."""
+    import torch
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or threads_before)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(COPY_ROUNDS):
+        started = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - started)
+    torch.set_num_threads(threads_before)
+    return 2 * COPY_BYTES / best
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    directory = Path(__file__).resolve().parent
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else "no checkout"
