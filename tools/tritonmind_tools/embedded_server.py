@@ -162,8 +162,8 @@ class EmbeddedServer:
 
     def _launch(self, install: ServerInstall, backends: Path) -> None:
         assert self._scratch is not None
-        # The stub imports from its working directory first: our own package lies there and nothing else, so that it runs
-        # the code of this process even where another version, or none, is installed.
+        # The stub imports from its working directory first. Our own package lies there and nothing else, so that it
+        # runs the code of this process even where another version, or none, is installed.
         directory = self._scratch / "cwd"
         directory.mkdir()
         (directory / "tritonmind").symlink_to(Path(tritonmind.__file__).resolve().parent)
