@@ -1,4 +1,4 @@
-"""`tritonmind convert`: exact values for every shape of Llama, and each wrong checkpoint named."""
+"""`tritonmind convert`: the command, the files of a checkpoint, and each wrong one named."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.checkpoints import LLAMA3_ROPE, make_llama_checkpoint
+from tests.checkpoints import make_llama_checkpoint
+from tests.converted import assert_same, expected_tensors, read_all
 
-from tritonmind.config import RopeScaling
 from tritonmind.errors import CheckpointError, ConfigError, TritonmindError, WorkspaceError
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 from tritonmind.workspace import Workspace
@@ -22,107 +22,6 @@ from tritonmind_tools.cli import main
 from tritonmind_tools.convert import convert
 from tritonmind_tools.convert_plan import conversion_plan
 from tritonmind_tools.hf_checkpoint import HfCheckpoint
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "mha": {"num_heads": 4, "num_kv_heads": 4},
-    "gqa": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "hidden": 48},
-    "bias": {"attention_bias": True},
-    "tied": {"tie": True},
-    "sharded": {"shards": 4, "num_layers": 3},
-}
-
-
-def expected_tensors(state: dict[str, torch.Tensor], layers: int, tp: int, tied: bool) -> dict[str, torch.Tensor]:
-    """The workspace's tensors by their definition, independently of the plan: fuse, then cut for each rank."""
-    expected = {"tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    if not tied:
-        expected["output.weight"] = state["lm_head.weight"]
-    for i in range(layers):
-        source, target = f"model.layers.{i}", f"layers.{i}"
-        expected[f"{target}.attention_norm.weight"] = state[f"{source}.input_layernorm.weight"]
-        expected[f"{target}.ffn_norm.weight"] = state[f"{source}.post_attention_layernorm.weight"]
-        for r in range(tp):
-            for kind in ("weight", "bias"):
-                if f"{source}.self_attn.q_proj.{kind}" in state:
-                    qkv = [state[f"{source}.self_attn.{name}_proj.{kind}"].chunk(tp)[r] for name in "qkv"]
-                    expected[f"{target}.attention.w_qkv.{r}.{kind}"] = torch.cat(qkv)
-            expected[f"{target}.attention.wo.{r}.weight"] = state[f"{source}.self_attn.o_proj.weight"].chunk(tp, 1)[r]
-            expected[f"{target}.feed_forward.w1.{r}.weight"] = state[f"{source}.mlp.gate_proj.weight"].chunk(tp)[r]
-            expected[f"{target}.feed_forward.w3.{r}.weight"] = state[f"{source}.mlp.up_proj.weight"].chunk(tp)[r]
-            expected[f"{target}.feed_forward.w2.{r}.weight"] = state[f"{source}.mlp.down_proj.weight"].chunk(tp, 1)[r]
-        if f"{source}.self_attn.o_proj.bias" in state:
-            expected[f"{target}.attention.wo.0.bias"] = state[f"{source}.self_attn.o_proj.bias"]
-    return expected
-
-
-def read_all(root: Path) -> dict[str, torch.Tensor]:
-    workspace = Workspace.open(root)
-    tensors: dict[str, torch.Tensor] = {}
-    for rank in range(workspace.engine_config().tensor_parallel_size):
-        tensors |= workspace.tensors(rank)
-    return tensors
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_tensors_are_the_checkpoints(tmp_path: Path, shape: str, tp: int) -> None:
-    options = SHAPES[shape]
-    model = make_llama_checkpoint(tmp_path / "checkpoint", **options)
-    convert("tiny", tmp_path / "checkpoint", tmp_path / "workspace", tp=tp, weight_type="fp32")
-    expected = expected_tensors(model.state_dict(), options.get("num_layers", 2), tp, options.get("tie", False))
-    assert_same(read_all(tmp_path / "workspace"), expected)
-
-
-@pytest.mark.parametrize(
-    ("source", "weight_type", "stored"),
-    [
-        (torch.float16, "auto", torch.float16),
-        (torch.bfloat16, "auto", torch.bfloat16),
-        (torch.float32, "auto", torch.float16),
-        (torch.float32, "fp32", torch.float32),
-        (torch.bfloat16, "fp16", torch.float16),
-        (torch.float16, "bf16", torch.bfloat16),
-    ],
-)
-def test_types(tmp_path: Path, source: torch.dtype, weight_type: str, stored: torch.dtype) -> None:
-    model = make_llama_checkpoint(tmp_path / "checkpoint", dtype=source)
-    convert("tiny", tmp_path / "checkpoint", tmp_path / "workspace", weight_type=weight_type)
-    state = {name: tensor.to(stored) for name, tensor in model.state_dict().items()}
-    assert_same(read_all(tmp_path / "workspace"), expected_tensors(state, 2, 1, False))
-
-
-def test_configuration(tmp_path: Path) -> None:
-    make_llama_checkpoint(
-        tmp_path / "checkpoint",
-        num_heads=6,
-        num_kv_heads=3,
-        head_dim=10,
-        hidden=48,
-        rope_theta=500000.0,
-        rope_scaling=LLAMA3_ROPE,
-        eos_token_id=[2, 0],
-        max_position_embeddings=300,
-    )
-    convert("tiny", tmp_path / "checkpoint", tmp_path / "workspace", tp=3)
-    workspace = Workspace.open(tmp_path / "workspace")
-    model = workspace.model
-    assert (model.num_heads, model.num_kv_heads, model.head_dim, model.hidden_size) == (6, 3, 10, 48)
-    assert (model.bos_token_id, model.eos_token_ids) == (1, (2, 0))
-    assert model.rope_theta == 500000.0 and model.rope_scaling == RopeScaling(**LLAMA3_ROPE)
-    engine = workspace.engine_config()
-    assert (engine.scheduler.max_model_len, engine.tensor_parallel_size) == (300, 3)
-    assert {path.name for path in workspace.tokenizer_dir.iterdir()} == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
 
 
 @pytest.fixture(scope="module")
