@@ -1,12 +1,12 @@
 """Frozen, typed, strict configuration. The only source of defaults: the CLI and config.ini read theirs from here.
 
-What is discovered at run time (number of KV blocks, memory plan) lives in other objects; nothing writes back into these.
+What is discovered at run time (number of KV blocks, memory plan) lives in other objects; nothing is written back here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, TypeVar
 
@@ -69,8 +69,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "intermediate_size", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
         if self.num_heads % self.num_kv_heads:
@@ -98,7 +106,8 @@ class CacheConfig:
         if not self.cache_max_entry_count > 0:
             raise ConfigError(
                 f"cache_max_entry_count={self.cache_max_entry_count} must be positive: "
-                "below 1 a fraction of free memory, else a number of blocks")
+                "below 1 a fraction of free memory, else a number of blocks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +124,16 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         if self.max_model_len < 2:
-            raise ConfigError(f"session_len={self.max_model_len} must be at least 2: one prompt token and one answer token")
+            raise ConfigError(
+                f"session_len={self.max_model_len} must be at least 2: a token of prompt and one of answer"
+            )
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_batch_size={self.max_num_seqs} must be at least 1")
         if self.max_num_batched_tokens < 0 or 0 < self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_context_token_num={self.max_num_batched_tokens} must be 0 (automatic) or at least "
-                f"max_batch_size={self.max_num_seqs}")
+                f"max_batch_size={self.max_num_seqs}"
+            )
         if self.max_queue_size < 0:
             raise ConfigError(f"max_queue_size={self.max_queue_size} must be 0 (unbounded) or positive")
 
@@ -149,7 +161,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1 or self.model.num_kv_heads % self.tensor_parallel_size:
             raise ConfigError(
-                f"tensor_para_size={self.tensor_parallel_size} does not divide kv_head_num={self.model.num_kv_heads}")
+                f"tensor_para_size={self.tensor_parallel_size} does not divide kv_head_num={self.model.num_kv_heads}"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -158,7 +171,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], *, where: str) -> T:
-    """Build a configuration strictly: unknown, missing and mistyped keys raise ConfigError naming `where` and the key."""
+    """Build a configuration strictly: an unknown, missing or mistyped key is a ConfigError naming `where` and the key."""
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - known)
     if unknown:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tritonmind.config import EngineConfig, SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.executor import Executor
-from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS_CPU, StepHandle
+from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle, resolve_device
 from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
 from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from tritonmind.workspace import Workspace
@@ -133,5 +133,5 @@ def resolve_limits(config: EngineConfig) -> SchedulerConfig:
     limits = config.scheduler
     if limits.max_num_batched_tokens:
         return limits
-    automatic = max(AUTOMATIC_BATCHED_TOKENS_CPU, limits.max_num_seqs)
+    automatic = max(AUTOMATIC_BATCHED_TOKENS[resolve_device(config.device).type], limits.max_num_seqs)
     return dataclasses.replace(limits, max_num_batched_tokens=automatic)

@@ -25,16 +25,29 @@ from tritonmind.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-AUTOMATIC_BATCHED_TOKENS_CPU = 512
+# Tokens of a step when the configuration leaves it open: enough to keep the device busy, few enough for even answers.
+AUTOMATIC_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 class StepHandle:
-    """A launched step. `wait` gives the sampled ids, in the order of the scheduler's sampling items."""
+    """A launched step. `wait` gives the sampled ids, in the order of the scheduler's sampling items.
+
+    On a GPU the ids start their way to the host at once, so that `wait` does not wait for later steps.
+    """
 
     def __init__(self, token_ids: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
         self._token_ids = token_ids
+        if token_ids.is_cuda:
+            self._token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self._token_ids.copy_(token_ids, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
 
     def wait(self) -> list[int]:
+        """Block until the step is done."""
+        if self._event is not None:
+            self._event.synchronize()
         return self._token_ids.tolist()
 
 
@@ -59,7 +72,7 @@ class ModelRunner:
         self.memory_plan = kv_cache.plan_memory(
             config,
             dtype=self.dtype,
-            free_bytes=available_bytes(),
+            free_bytes=free_bytes(self.device),
             reserved_bytes=self._activation_bytes(),
             is_cpu=self.device.type == "cpu",
         )
@@ -168,9 +181,15 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(
             "device='cuda', but PyTorch finds no CUDA device; use device='cpu', or check the driver with check_env"
         )
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        raise ConfigError("device='cuda' is not available in this version; use device='cpu'")
-    return torch.device("cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that the KV cache may be taken from, weights already loaded."""
+    if device.type == "cpu":
+        return available_bytes()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
