@@ -171,7 +171,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], *, where: str) -> T:
-    """Build a configuration strictly: an unknown, missing or mistyped key is a ConfigError naming `where` and the key."""
+    """Build a configuration strictly: a wrong, missing or unknown key is a ConfigError naming it and `where`."""
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - known)
     if unknown:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritonmind.engine import process_client
 from tritonmind.engine.client import EngineClient, start_engine
@@ -20,7 +21,7 @@ from tritonmind.engine.process_client import ProcessEngineClient
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError, WorkspaceError
 from tritonmind.messages import EngineRequest, TokenOutput
 
-OVERRIDES: dict[str, object] = {"cache_max_entry_count": 64, "num_threads": 1}
+OVERRIDES: dict[str, object] = {"device": "cpu", "cache_max_entry_count": 64, "num_threads": 1}
 
 
 def request(client: EngineClient, prompt: list[int], max_tokens: int) -> EngineRequest:
@@ -196,9 +197,13 @@ def test_what_keeps_an_engine_from_starting_is_named(workspace: Path, tmp_path: 
     with pytest.raises(ConfigError, match="num_thread"):
         start_engine(str(workspace), {"num_thread": 1}, in_process=in_process)
     with pytest.raises(ConfigError, match="session_len=512 tokens needs 8"):
-        start_engine(str(workspace), {"cache_max_entry_count": 3}, in_process=in_process)
+        start_engine(str(workspace), {"device": "cpu", "cache_max_entry_count": 3}, in_process=in_process)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test must lack")
+def test_a_missing_gpu_is_named(workspace: Path) -> None:
     with pytest.raises(ConfigError, match="no CUDA device"):
-        start_engine(str(workspace), {"device": "cuda"}, in_process=in_process)
+        start_engine(str(workspace), {"device": "cuda"}, in_process=True)
 
 
 def test_a_missing_workspace_is_a_workspace_error(tmp_path: Path) -> None:

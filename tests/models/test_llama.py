@@ -101,7 +101,7 @@ def test_tiny_llama_equals_transformers(variant: str, tmp_path: Path) -> None:
     reference = make_llama_checkpoint(tmp_path / "checkpoint", seed=5, **VARIANTS[variant])
     path = convert(tmp_path / "checkpoint", tmp_path / "workspace", "--weight-type", "fp32")
     workspace = Workspace.open(path)
-    config = workspace.engine_config(cache_max_entry_count=40, max_num_batched_tokens=64)
+    config = workspace.engine_config(device="cpu", cache_max_entry_count=40, max_num_batched_tokens=64)
     runner = ModelRunner(workspace, config)
     for length in (1, 7, 64, 200):
         prompt = torch.randint(3, 300, (length,)).tolist()
@@ -109,7 +109,9 @@ def test_tiny_llama_equals_transformers(variant: str, tmp_path: Path) -> None:
             prompt_logits(runner, prompt), reference_logits(reference, prompt), rtol=1e-4, atol=1e-4
         )
     prompts = [torch.randint(3, 300, (length,)).tolist() for length in (1, 5, 63, 64, 65, 200)]
-    with LLM(str(path), in_process=True, cache_max_entry_count=40, max_num_batched_tokens=64, max_num_seqs=4) as llm:
+    with LLM(
+        str(path), in_process=True, device="cpu", cache_max_entry_count=40, max_num_batched_tokens=64, max_num_seqs=4
+    ) as llm:
         answers = llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
         llm.engine.check_integrity()
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -134,12 +136,14 @@ def test_smollm2_equals_transformers_on_real_prompts(smollm2: Path, smollm2_refe
     workspace = Workspace.open(smollm2)
     tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
     prompts = [tokenizer.encode(text, add_special_tokens=True) for text in SMOLLM2_PROMPTS]
-    runner = ModelRunner(workspace, workspace.engine_config(cache_max_entry_count=128, max_num_batched_tokens=512))
+    runner = ModelRunner(
+        workspace, workspace.engine_config(device="cpu", cache_max_entry_count=128, max_num_batched_tokens=512)
+    )
     for prompt in prompts:
         difference = (prompt_logits(runner, prompt) - reference_logits(smollm2_reference, prompt)).abs().max()
         assert difference < 1e-3
     del runner
-    with LLM(str(smollm2), in_process=True, cache_max_entry_count=160) as llm:
+    with LLM(str(smollm2), in_process=True, device="cpu", cache_max_entry_count=160) as llm:
         answers = llm.generate(prompts, SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True))
         llm.engine.check_integrity()
     for prompt, answer in zip(prompts, answers, strict=True):

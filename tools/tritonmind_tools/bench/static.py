@@ -1,9 +1,9 @@
-"""`tritonmind bench static`: a batch of equal requests, all at once: the grid of batch size, prompt and answer length.
+"""`tritonmind bench static`: a batch of equal requests, all at once, over a grid of batch sizes.
 
 Prompts are random token ids, decoding is greedy and goes on past eos, prefix caching is off. The figure is generated
 tokens over wall time, prefill included. The roofline of decoding is the time to read the weights and the batch's K
-and V once a step at the machine's copy bandwidth. With --transformers the same workload runs in Hugging Face Transformers'
-`generate`, one request at a time, in the same process tree and with the same number of threads.
+and V once a step at the machine's copy bandwidth. With --transformers the same workload also runs in Hugging Face
+Transformers' `generate`, one request at a time, with the same number of threads.
 """
 
 from __future__ import annotations
