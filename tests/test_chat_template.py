@@ -1,0 +1,127 @@
+"""Chat templates: as Transformers renders them, sandboxed, with errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.smollm2 import save_smollm2_tokenizer
+from tritonmind.chat_template import ChatTemplate, load_chat_template, parse_messages
+from tritonmind.errors import ConfigError, InvalidRequestError
+from tritonmind.tokenizer import Tokenizer
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Größe?\n"},
+    {"role": "assistant", "content": " 1 < 2 & 'x' "},
+    {"role": "user", "content": "你好"},
+]
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, SPECIAL, where="test")
+
+
+def test_same_text_and_ids_as_transformers(tmp_path: Path) -> None:
+    save_smollm2_tokenizer(tmp_path)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    ours = load_chat_template(tmp_path, tokenizer.special_tokens)
+    assert ours is not None
+    for messages in (CONVERSATION, CONVERSATION[1:2], CONVERSATION[1:]):
+        for prompt in (True, False):
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            text = ours.render(messages, add_generation_prompt=prompt)
+            assert text == expected
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+            assert tokenizer.encode_prompt(text) == ids
+
+
+def test_usual_globals_and_tags() -> None:
+    assert template("{{ messages | tojson }}").render([{"role": "u", "content": "<é&'>"}]) == (
+        '[{"role": "u", "content": "<é&\'>"}]'
+    )
+    assert template("{{ strftime_now('%Y')[:2] }}").render([]) == "20"
+    assert template("{% for m in messages %}{% break %}{% endfor %}x").render(CONVERSATION) == "x"
+    assert template("{% generation %}{{ bos_token }}{% endgeneration %}{{ eos_token }}").render([]) == "<s></s>"
+    assert template("{% if tools is none and documents is none %}none{% endif %}").render([]) == "none"
+    assert template("  {% if add_generation_prompt %}\n yes{% endif %}\n").render([]) == " yes"
+
+
+def test_refusal_of_the_template_reaches_the_user() -> None:
+    with pytest.raises(InvalidRequestError, match="roles must alternate"):
+        template("{{ raise_exception('roles must alternate') }}").render(CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[9].content }}",
+        "{{ messages + 1 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ open('/etc/passwd') }}",
+    ],
+)
+def test_failing_or_forbidden_template_is_an_invalid_request(source: str) -> None:
+    with pytest.raises(InvalidRequestError, match="the chat template fails"):
+        template(source).render(CONVERSATION)
+
+
+def test_broken_template_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("\n{% for %}")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: the chat template is broken at line 2"):
+        load_chat_template(tmp_path, SPECIAL)
+
+
+def test_where_the_template_comes_from(tmp_path: Path) -> None:
+    def rendered() -> str | None:
+        found = load_chat_template(tmp_path, SPECIAL)
+        return None if found is None else found.render([])
+
+    assert rendered() is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": "<s>"}))
+    assert rendered() is None
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert rendered() == "one"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert rendered() == "default"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert rendered() == "file"
+
+
+def test_template_of_a_wrong_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 1}))
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: chat_template"):
+        load_chat_template(tmp_path, SPECIAL)
+
+
+def test_messages_are_parsed() -> None:
+    assert parse_messages(json.dumps(CONVERSATION)) == CONVERSATION
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "messages="),
+        ("{}", "messages={}"),
+        ("[]", r"messages=\[\]"),
+        ("[1]", r"messages\[0\]=1"),
+        ('[{"role": "user", "content": "a"}, {"content": "b"}]', r"messages\[1\]\.role=None"),
+        ('[{"role": "user", "content": ["a"]}]', r"messages\[0\]\.content"),
+        ('[{"role": "user", "content": "a", "name": "n"}]', r"messages\[0\]\.name='n'"),
+        ('[{"role": "user", "content": "\\ud800"}]', "messages="),
+    ],
+)
+def test_bad_messages_are_named(text: str, named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        parse_messages(text)

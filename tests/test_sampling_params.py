@@ -1,0 +1,121 @@
+"""Sampling options: ranges, the checkpoint's defaults, and what depends on the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tritonmind.errors import ConfigError, InvalidRequestError
+from tritonmind.messages import EngineRequest
+from tritonmind.sampling_params import MAX_SEED, GenerationDefaults, SamplingParams, resolve
+
+NEUTRAL = GenerationDefaults()
+
+
+def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **changes: Any) -> EngineRequest:
+    facts: dict[str, Any] = {
+        "request_id": 7,
+        "prompt_token_ids": [3, 4, 5],
+        "vocab_size": 100,
+        "max_model_len": 10,
+        "eos_token_ids": (2, 9),
+    }
+    return resolve(params, defaults, **{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", MAX_SEED + 1),
+        ("stop", ("",)),
+        ("stop", ("x" * 1025,)),
+        ("stop", ("x",) * 65),
+        ("stop_token_ids", (-1,)),
+    ],
+)
+def test_value_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.field == name
+
+
+def test_left_out_options_are_the_neutral_ones() -> None:
+    request = resolved(SamplingParams())
+    assert (request.temperature, request.top_k, request.top_p) == (1.0, 0, 1.0)
+    assert request.max_tokens == 7
+    assert request.stop_token_ids == [2, 9]
+    assert request.request_id == 7
+
+
+def test_the_request_wins_over_the_checkpoint_over_neutral() -> None:
+    defaults = GenerationDefaults(temperature=0.6, top_k=40)
+    request = resolved(SamplingParams(temperature=0.0, seed=5), defaults)
+    assert (request.temperature, request.top_k, request.top_p, request.seed) == (0.0, 40, 1.0, 5)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 7), (3, 3), (7, 7), (8, 7), (10**30, 7)])
+def test_max_tokens_is_what_the_context_has_left(asked: int | None, given: int) -> None:
+    assert resolved(SamplingParams(max_tokens=asked)).max_tokens == given
+
+
+def test_prompt_must_leave_room_for_a_token() -> None:
+    assert resolved(SamplingParams(), prompt_token_ids=[3] * 9).max_tokens == 1
+    with pytest.raises(InvalidRequestError, match=r"10 tokens.*session_len is 10.*up to 9"):
+        resolved(SamplingParams(), prompt_token_ids=[3] * 10)
+    with pytest.raises(InvalidRequestError, match=r"prompt.*empty"):
+        resolved(SamplingParams(), prompt_token_ids=[])
+
+
+def test_ids_must_be_in_the_vocabulary() -> None:
+    for ids in ([3, 100], [-1]):
+        with pytest.raises(InvalidRequestError, match=r"input_ids=.*0 to 99"):
+            resolved(SamplingParams(), prompt_token_ids=ids)
+    with pytest.raises(InvalidRequestError, match="stop_token_ids=100"):
+        resolved(SamplingParams(stop_token_ids=(100,)))
+
+
+def test_stop_token_ids_join_eos_unless_it_is_ignored() -> None:
+    assert resolved(SamplingParams(stop_token_ids=(50, 2))).stop_token_ids == [2, 9, 50]
+    assert resolved(SamplingParams(stop_token_ids=(50,), ignore_eos=True)).stop_token_ids == [50]
+    assert resolved(SamplingParams(ignore_eos=True)).stop_token_ids == []
+
+
+def test_seed_is_random_unless_given() -> None:
+    seeds = {resolved(SamplingParams()).seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_huge_top_k_means_all() -> None:
+    assert resolved(SamplingParams(top_k=2**70)).top_k == 100
+
+
+def test_defaults_from_generation_config(tmp_path: Path) -> None:
+    assert GenerationDefaults.from_dir(tmp_path) == NEUTRAL
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": None, "do_sample": True, "eos_token_id": [1, 2]}))
+    assert GenerationDefaults.from_dir(tmp_path) == GenerationDefaults(temperature=0.6)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("{", "generation_config"), ("[]", "generation_config"), ('{"top_p": 2}', "top_p"), ('{"top_k": "a"}', "top_k")],
+)
+def test_bad_generation_config_is_named(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json.*{named}|{named}.*"):
+        GenerationDefaults.from_dir(tmp_path)
