@@ -36,6 +36,7 @@ ADAPTER_MODULES = {
     "tritonmind.config",
     "tritonmind.engine",
     "tritonmind.engine.client",
+    "tritonmind.engine.launch",
     "tritonmind.errors",
     "tritonmind.live_request",
     "tritonmind.messages",
