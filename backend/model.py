@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,7 +18,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tritonmind.chat_template import load_chat_template
-from tritonmind.engine.client import EngineClient, start_engine
+from tritonmind.engine.client import EngineClient
+from tritonmind.engine.launch import start_engine
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.live_request import Answer
 from tritonmind.request_fields import INPUTS, OUTPUTS, ParsedRequest, parse_request
@@ -109,12 +111,18 @@ class TritonPythonModel:
 
 
 class _TritonResponder:
-    """One request's way back to its client."""
+    """One request's way back to its client.
+
+    The server frees what is_cancelled asks about when it gets the last response, without looking whether somebody is
+    asking, and crashes then (seen with 2.51). So the two exclude each other.
+    """
 
     def __init__(self, sender: Any, batched: bool) -> None:
         self.outputs: frozenset[str] = frozenset()
         self._sender = sender
         self._shape = (1, -1) if batched else (-1,)
+        self._asking_or_ending = threading.Lock()
+        self._ended = False
 
     def send(self, answer: Answer, *, final: bool) -> None:
         values: dict[str, tuple[list[Any], Any]] = {
@@ -131,15 +139,25 @@ class _TritonResponder:
             for name, (data, dtype) in values.items()
             if name in self.outputs
         ]
-        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=FINAL if final else 0)
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
+        if final:
+            self._end(response)
+        else:
+            self._sender.send(response)
 
     def fail(self, error: TritonmindError) -> None:
         code = getattr(pb_utils.TritonError, error.code)
         response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error), code))
-        self._sender.send(response, flags=FINAL)
+        self._end(response)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        with self._asking_or_ending:
+            return not self._ended and self._sender.is_cancelled()
+
+    def _end(self, response: Any) -> None:
+        with self._asking_or_ending:
+            self._sender.send(response, flags=FINAL)
+            self._ended = True
 
 
 class _ServerLogHandler(logging.Handler):

@@ -38,7 +38,7 @@ def test_same_text_and_ids_as_transformers(tmp_path: Path) -> None:
             expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             text = ours.render(messages, add_generation_prompt=prompt)
             assert text == expected
-            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
             assert tokenizer.encode_prompt(text) == ids
 
 

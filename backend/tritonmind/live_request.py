@@ -30,7 +30,7 @@ class Answer:
 
 
 class Responder(Protocol):
-    """The way back to one client. `send` and `fail` are called by one thread, `is_cancelled` by another."""
+    """The way back to one client. `send` and `fail` are called by one thread, `is_cancelled` by another at any time."""
 
     def send(self, answer: Answer, *, final: bool) -> None: ...
 

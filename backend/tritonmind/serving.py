@@ -247,13 +247,8 @@ class RequestServer:
             with self._lock:
                 lives = list(self._live)
             for live in lives:
-                try:
-                    if live.failure is None and not live.closed and live.responder.is_cancelled():
-                        live.give_up(CancelledError("the client cancelled the request"))
-                except Exception:
-                    # The lane may have sent the last response meanwhile, after which nobody may ask.
-                    if not live.closed:
-                        log.exception("a request could not be asked whether it is cancelled")
+                if live.failure is None and live.responder.is_cancelled():
+                    live.give_up(CancelledError("the client cancelled the request"))
 
     def _watch_engine(self) -> None:
         client = self._client

@@ -85,10 +85,10 @@ class Served:
     def engine(self) -> FakeEngine:
         return self.engines[-1]
 
-    def load(self, *, max_batch_size: int = 0, **parameters: str) -> None:
+    def load(self, parameters: dict[str, str] | None = None, *, max_batch_size: int = 0) -> None:
         config = {
             "max_batch_size": max_batch_size,
-            "parameters": {name: {"string_value": value} for name, value in parameters.items()},
+            "parameters": {name: {"string_value": value} for name, value in (parameters or {}).items()},
         }
         self.model.initialize(
             {"model_config": json.dumps(config), "model_repository": "repository", "model_version": "1"}
@@ -153,6 +153,7 @@ def unloaded(adapter: ModuleType, tokenizer_dir: Path, monkeypatch: pytest.Monke
     if server is not None:
         assert server.num_accepted == server.num_finals == len(served.requests)
     assert [request.sender.num_finals for request in served.requests] == [1] * len(served.requests)
+    assert [crash for request in served.requests for crash in request.sender.crashes] == []
     assert all(len(request.sender.threads) == 1 for request in served.requests), "a request changed its thread"
     assert all(engine.num_live() == 0 for engine in served.engines)
     assert all(engine.was_shut_down for engine in served.engines)
@@ -161,5 +162,5 @@ def unloaded(adapter: ModuleType, tokenizer_dir: Path, monkeypatch: pytest.Monke
 @pytest.fixture
 def served(unloaded: Served) -> Served:
     """A loaded model with short timeouts."""
-    unloaded.load(drain_timeout_s="0.2")
+    unloaded.load({"drain_timeout_s": "0.2"})
     return unloaded

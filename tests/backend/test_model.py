@@ -255,7 +255,7 @@ def test_engine_failure_can_stop_the_server(
 ) -> None:
     stopped = threading.Event()
     monkeypatch.setattr(adapter, "_stop_server", stopped.set)
-    unloaded.load(engine_failure="exit")
+    unloaded.load({"engine_failure": "exit"})
     unloaded.engine.die()
     assert stopped.wait(5)
     assert not unloaded.model.is_ready()
@@ -347,14 +347,15 @@ def test_many_streams_with_random_cancels(unloaded: Served) -> None:
 
 
 def test_parameters_become_overrides(unloaded: Served) -> None:
-    unloaded.load(device="cpu", num_threads="2", enforce_eager="true", dtype="", EXECUTION_ENV_PATH="x")
+    given = {"device": "cpu", "num_threads": "2", "enforce_eager": "true", "dtype": "", "EXECUTION_ENV_PATH": "x"}
+    unloaded.load(given)
     assert unloaded.overrides == {"device": "cpu", "num_threads": 2, "enforce_eager": True}
 
 
 @pytest.mark.parametrize(("name", "text"), [("engine_failure", "explode"), ("drain_timeout_s", "soon")])
 def test_bad_parameter_is_named(unloaded: Served, name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}='{text}'"):
-        unloaded.load(**{name: text})
+        unloaded.load({name: text})
 
 
 def test_auto_complete_adds_what_is_missing_and_leaves_the_rest(adapter: ModuleType) -> None:

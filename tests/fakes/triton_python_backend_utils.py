@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,16 @@ class ResponseSender:
         self.num_finals = 0
         self.final = threading.Event()
         self.cancelled = False
+        self.crashes: list[str] = []
+        self._asking = False
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         if self.num_finals:
             raise TritonModelException("Unable to send response. Response sender has been closed.")
         if response is None and flags == 0:
             raise TritonModelException("Inference Response object must be provided when the flags is zero.")
+        if flags and self._asking:
+            self.crashes.append("FINAL while somebody asked is_cancelled")
         self.threads.add(threading.get_ident())
         if response is not None:
             self.responses.append(response)
@@ -84,6 +89,12 @@ class ResponseSender:
             self.final.set()
 
     def is_cancelled(self) -> bool:
+        """Takes a while, as the real one does, and a real server dies when the request ends meanwhile or before."""
+        if self.num_finals:
+            self.crashes.append("is_cancelled after FINAL")
+        self._asking = True
+        time.sleep(0.0002)
+        self._asking = False
         return self.cancelled
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -105,7 +105,7 @@ class TritonClient:
         input_ids: Sequence[int] | None = None,
         stream: bool = True,
         options: Mapping[str, Any] | None = None,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Yield the answer to one of a text, chat messages or token ids; the last Delta has the finish_reason.
 
         options: keys of sampling_parameters. Leaving the iteration early cancels the answer. Raises AnswerError.
