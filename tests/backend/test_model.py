@@ -201,6 +201,27 @@ def test_cancellation_is_swept(served: Served, started: bool) -> None:
     assert eventually(lambda: served.engine.num_live() == 0)
 
 
+def test_last_response_waits_for_a_running_is_cancelled(served: Served) -> None:
+    """A real server crashes when the request ends while it is asked about."""
+    sender = served.send(text_input="hello")
+    request = served.engine.wait_for(1)
+    asked, release = threading.Event(), threading.Event()
+    is_cancelled = sender.is_cancelled
+
+    def slow() -> bool:
+        asked.set()
+        assert release.wait(5)
+        return is_cancelled()
+
+    sender.is_cancelled = slow
+    assert asked.wait(5)
+    served.engine.output(request.request_id, served.ids("x"), "length")
+    assert not sender.final.wait(0.1)
+    sender.is_cancelled = is_cancelled
+    release.set()
+    assert sender.final.wait(5)
+
+
 def test_cancelled_while_it_is_tokenised(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     server = served.model._server
     reached, release = threading.Event(), threading.Event()
