@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tritonmind.engine import process_client
-from tritonmind.engine.client import EngineClient, start_engine
+from tritonmind.engine.client import EngineClient
+from tritonmind.engine.launch import start_engine
 from tritonmind.engine.process_client import ProcessEngineClient
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError, WorkspaceError
 from tritonmind.messages import EngineRequest, TokenOutput
@@ -168,7 +169,7 @@ def test_shutdown_ends_live_requests_and_is_idempotent(workspace: Path) -> None:
 def test_the_engine_dies_with_its_parent(workspace: Path) -> None:
     program = (
         "import sys, time\n"
-        "from tritonmind.engine.client import start_engine\n"
+        "from tritonmind.engine.launch import start_engine\n"
         "client = start_engine(sys.argv[1], {'cache_max_entry_count': 64})\n"
         "print(client.pid, flush=True)\n"
         "time.sleep(600)\n"

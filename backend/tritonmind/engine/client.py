@@ -216,30 +216,3 @@ class EngineClient(ABC):
             replies.put(Reply(call_id=-1, error=str(failure)))
         for request_id, on_output in live.items():
             on_output(TokenOutput(request_id=request_id, token_ids=[], finish_reason="error", error=str(failure)))
-
-
-def start_engine(
-    workspace_path: str,
-    overrides: dict[str, object],
-    *,
-    in_process: bool = False,
-    python: str | None = None,
-) -> EngineClient:
-    """Start an engine on a workspace and wait until it is ready.
-
-    overrides: fields of EngineConfig and of its parts, over config.ini. in_process: a thread here instead of a process
-    of its own. python: the interpreter of that process; by default one like ours is looked for.
-    Raises TritonmindError with the cause when the engine cannot start.
-    """
-    # Both are imported here because one needs torch and the other must not.
-    client: EngineClient
-    if in_process:
-        from tritonmind.engine.thread_client import ThreadEngineClient
-
-        client = ThreadEngineClient(workspace_path, overrides)
-    else:
-        from tritonmind.engine.process_client import ProcessEngineClient
-
-        client = ProcessEngineClient(workspace_path, overrides, python=python)
-    client.wait_ready()
-    return client

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TypeAlias
 
 from tritonmind.chat_template import Message, load_chat_template
-from tritonmind.engine.client import start_engine
+from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, TritonmindError
 from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve

@@ -67,7 +67,7 @@ def register(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
-    from tritonmind.engine.client import start_engine
+    from tritonmind.engine.launch import start_engine
     from tritonmind.workspace import Workspace
     from tritonmind_tools.bench import machine
 
