@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +61,12 @@ def poisoned_allocations() -> Iterator[None]:
         patch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
         patch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, converted once for all tests; half a minute."""
+    # Imported here: it imports Transformers, which many tests do without.
+    from tests.workspaces import convert_smollm2
+
+    return convert_smollm2(tmp_path_factory.mktemp("demo"))

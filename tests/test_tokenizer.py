@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from tests.smollm2 import save_smollm2_tokenizer
 from tritonmind.errors import ConfigError
 from tritonmind.tokenizer import Tokenizer
 
@@ -29,9 +28,8 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory = tmp_path_factory.mktemp("smollm2")
-    save_smollm2_tokenizer(directory)
+def smollm2(smollm2_workspace: Path) -> Tokenizer:
+    directory = smollm2_workspace / "triton_models" / "tokenizer"
     return Tokenizer.from_dir(directory)
 
 

@@ -23,7 +23,7 @@ def tiny_workspace(directory: Path, *options: str, **checkpoint: Any) -> Path:
     return convert(directory / "checkpoint", directory / "workspace", "--weight-type", "fp32", *options)
 
 
-def smollm2_workspace(directory: Path) -> Path:
+def convert_smollm2(directory: Path) -> Path:
     """A workspace of the demo model, SmolLM2-135M-Instruct, with the exact fp32 values of its GGUF file."""
     from tritonmind_tools.demo import demo_checkpoint
 

@@ -6,7 +6,6 @@ choice after the tokens before it, which by induction is the reference's own gre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.checkpoints import LLAMA3_ROPE, make_llama_checkpoint
-from tests.workspaces import convert, smollm2_workspace
+from tests.workspaces import convert
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.model_inputs import AttentionMetadata, ModelInputs
@@ -120,11 +119,6 @@ def test_tiny_llama_equals_transformers(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield smollm2_workspace(tmp_path_factory.mktemp("smollm2"))
-
-
-@pytest.fixture(scope="module")
 def smollm2_reference() -> LlamaForCausalLM:
     file = demo_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -132,8 +126,10 @@ def smollm2_reference() -> LlamaForCausalLM:
     return model.eval()
 
 
-def test_smollm2_equals_transformers_on_real_prompts(smollm2: Path, smollm2_reference: LlamaForCausalLM) -> None:
-    workspace = Workspace.open(smollm2)
+def test_smollm2_equals_transformers_on_real_prompts(
+    smollm2_workspace: Path, smollm2_reference: LlamaForCausalLM
+) -> None:
+    workspace = Workspace.open(smollm2_workspace)
     tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
     prompts = [tokenizer.encode(text, add_special_tokens=True) for text in SMOLLM2_PROMPTS]
     runner = ModelRunner(
@@ -143,7 +139,7 @@ def test_smollm2_equals_transformers_on_real_prompts(smollm2: Path, smollm2_refe
         difference = (prompt_logits(runner, prompt) - reference_logits(smollm2_reference, prompt)).abs().max()
         assert difference < 1e-3
     del runner
-    with LLM(str(smollm2), in_process=True, device="cpu", cache_max_entry_count=160) as llm:
+    with LLM(str(smollm2_workspace), in_process=True, device="cpu", cache_max_entry_count=160) as llm:
         answers = llm.generate(prompts, SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True))
         llm.engine.check_integrity()
     for prompt, answer in zip(prompts, answers, strict=True):
