@@ -18,6 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tritonmind.chat_template import load_chat_template
+from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.engine.client import EngineClient
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import ConfigError, TritonmindError
@@ -61,7 +62,7 @@ class TritonPythonModel:
         policy = parameters.pop("engine_failure", "restart")
         if policy not in get_args(EngineFailurePolicy):
             raise ConfigError(f"config.pbtxt: engine_failure={policy!r} must be restart or exit")
-        self._drain_timeout_s = _seconds("drain_timeout_s", parameters.pop("drain_timeout_s", DEFAULT_DRAIN_TIMEOUT_S))
+        drain_timeout = _seconds("drain_timeout_s", parameters.pop("drain_timeout_s", DEFAULT_DRAIN_TIMEOUT_S))
         self._batched = config["max_batch_size"] > 0
         workspace = Workspace.open(Path(args["model_repository"]) / args["model_version"])
         tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
@@ -77,6 +78,8 @@ class TritonPythonModel:
             start=start,
             engine_failure=cast(EngineFailurePolicy, policy),
             on_engine_exit=_stop_server,
+            should_drain=_should_drain,
+            drain_timeout=drain_timeout,
         )
 
     def execute(self, requests: list[Any]) -> None:
@@ -103,11 +106,11 @@ class TritonPythonModel:
         """Let live requests end for drain_timeout_s, end the rest, stop threads and engine.
 
         Servers call this after the last request has ended; a server that is told to exit waits for that at most
-        its --exit-timeout-secs.
+        its --exit-timeout-secs. Whoever stops the server creates the drain file first, so that requests end in time.
         """
         server = getattr(self, "_server", None)  # absent when initialize failed
         if server is not None:
-            server.close(self._drain_timeout_s)
+            server.close()
 
 
 class _TritonResponder:
@@ -210,6 +213,11 @@ def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ConfigError(f"config.pbtxt: {name}={value!r} must be a number of seconds, 0 or more")
     return float(value)
+
+
+def _should_drain() -> bool:
+    path = os.environ.get(DRAIN_FILE_VARIABLE)
+    return path is not None and os.path.exists(path)
 
 
 def _stop_server() -> None:

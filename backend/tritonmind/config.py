@@ -14,6 +14,10 @@ import msgspec
 
 from tritonmind.errors import ConfigError
 
+# Environment variable. Whoever stops a server first creates the file it names: the adapter then ends its requests in
+# time. The server itself tells a model of its exit only once the model's last request has ended.
+DRAIN_FILE_VARIABLE = "TRITONMIND_DRAIN_FILE"
+
 WeightType = Literal["fp16", "bf16", "fp32", "int4"]
 T = TypeVar("T")
 

@@ -44,7 +44,8 @@ class RequestServer:
     """Answers requests with an engine that it starts, watches and, when it fails, replaces.
 
     start: makes an engine; blocks until it is ready; raises TritonmindError. on_engine_exit: called once after an
-    engine failure instead of a restart, when the policy is "exit".
+    engine failure instead of a restart, when the policy is "exit". should_drain: polled; once it is true the server
+    drains for drain_timeout seconds and takes no more requests.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class RequestServer:
         start: Callable[[], EngineClient],
         engine_failure: EngineFailurePolicy = "restart",
         on_engine_exit: Callable[[], None] = lambda: None,
+        should_drain: Callable[[], bool] = lambda: False,
+        drain_timeout: float,
     ) -> None:
         self.num_accepted = 0
         self.num_finals = 0
@@ -67,6 +70,8 @@ class RequestServer:
         self._start = start
         self._engine_failure = engine_failure
         self._on_engine_exit = on_engine_exit
+        self._should_drain = should_drain
+        self._drain_timeout = drain_timeout
         self._lock = threading.Lock()
         self._all_ended = threading.Condition(self._lock)
         self._live: dict[LiveRequest, None] = {}
@@ -104,8 +109,9 @@ class RequestServer:
         client = self._client
         return client is not None and self._refusal is None and client.is_alive()
 
-    def drain(self, timeout: float) -> None:
-        """Refuse new requests, let the live ones end for `timeout` seconds, then end them with UNAVAILABLE."""
+    def drain(self) -> None:
+        """Refuse new requests, let the live ones end for drain_timeout seconds, then end them with UNAVAILABLE."""
+        timeout = self._drain_timeout
         self._refusal = UnavailableError("the model is being unloaded and takes no more requests")
         with self._all_ended:
             self._all_ended.wait_for(lambda: not self._live, timeout)
@@ -113,9 +119,9 @@ class RequestServer:
         for live in remaining:
             live.give_up(UnavailableError(f"the model is being unloaded: the answer was cut off after {timeout:g} s"))
 
-    def close(self, drain_timeout: float) -> None:
+    def close(self) -> None:
         """Drain, stop every thread and the engine, and log the accounts. Ends in bounded time."""
-        self.drain(drain_timeout)
+        self.drain()
         self._stopping.set()
         self._sweeper.join()
         self._intake.shutdown(wait=True, cancel_futures=True)
@@ -244,6 +250,9 @@ class RequestServer:
     def _run_sweeper(self) -> None:
         while not self._stopping.wait(SWEEP_PERIOD_S):
             self._watch_engine()
+            if self._refusal is None and self._should_drain():
+                log.info("told to drain: no more requests are taken")
+                threading.Thread(target=self.drain, name="drain", daemon=True).start()
             with self._lock:
                 lives = list(self._live)
             for live in lives:

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.backend.conftest import MAX_MODEL_LEN, Served, error_of, eventually, texts, value
 from tests.backend.fake_engine import FakeEngine
+from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.messages import EngineRequest
 from tritonmind.request_fields import INPUTS, OUTPUTS
@@ -315,6 +317,21 @@ def test_no_new_requests_while_it_drains(served: Served) -> None:
     assert "unloaded" in error.message()
     assert not running.final.is_set()
     finalizing.join()
+
+
+def test_the_drain_file_ends_requests_before_the_server_says_anything(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "drain"
+    monkeypatch.setenv(DRAIN_FILE_VARIABLE, str(file))
+    sender = served.send(text_input="a", stream=True)
+    served.engine.wait_for(1)
+    assert served.model.is_ready()
+    file.touch()
+    error = error_of(sender)
+    assert error.code() == served.pb_utils.TritonError.UNAVAILABLE
+    assert "being unloaded" in error.message()
+    assert not served.model.is_ready()
 
 
 def test_a_response_that_cannot_be_sent_ends_its_request_only(served: Served) -> None:

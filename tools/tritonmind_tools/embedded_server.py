@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import tritonmind
+from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.errors import TritonmindError, WorkspaceError
 from tritonmind.resources import resource
 from tritonmind_tools.ports import ensure_port_free, free_port
@@ -96,6 +97,12 @@ class EmbeddedServer:
         return f"[{self.host}]:{self.grpc_port}" if ":" in self.host else f"{self.host}:{self.grpc_port}"
 
     @property
+    def _drain_file(self) -> Path:
+        """Tells the adapter to end its requests, which the server, told to exit, would wait for."""
+        assert self._scratch is not None
+        return self._scratch / "drain"
+
+    @property
     def pid(self) -> int:
         """Process id of tritonserver, which is also its session and process group."""
         assert self._process is not None, "the server was not started"
@@ -138,6 +145,7 @@ class EmbeddedServer:
         process, self._process = self._process, None
         try:
             if process is not None and process.poll() is None:
+                self._drain_file.touch()
                 process.terminate()
                 process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -179,7 +187,7 @@ class EmbeddedServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(install.executable), *self._flags(backends)],
-                env={**install.environment(), **self._env},
+                env={**install.environment(), DRAIN_FILE_VARIABLE: str(self._drain_file), **self._env},
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
