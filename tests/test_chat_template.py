@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.smollm2 import save_smollm2_tokenizer
 from tritonmind.chat_template import ChatTemplate, load_chat_template, parse_messages
 from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.tokenizer import Tokenizer
@@ -25,13 +24,13 @@ def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, SPECIAL, where="test")
 
 
-def test_same_text_and_ids_as_transformers(tmp_path: Path) -> None:
-    save_smollm2_tokenizer(tmp_path)
+def test_same_text_and_ids_as_transformers(smollm2_workspace: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer = Tokenizer.from_dir(tmp_path)
-    ours = load_chat_template(tmp_path, tokenizer.special_tokens)
+    directory = smollm2_workspace / "triton_models" / "tokenizer"
+    theirs = AutoTokenizer.from_pretrained(directory)
+    tokenizer = Tokenizer.from_dir(directory)
+    ours = load_chat_template(directory, tokenizer.special_tokens)
     assert ours is not None
     for messages in (CONVERSATION, CONVERSATION[1:2], CONVERSATION[1:]):
         for prompt in (True, False):

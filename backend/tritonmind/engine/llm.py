@@ -42,10 +42,7 @@ class LLM:
         workspace = Workspace.open(workspace_path)
         self.model = workspace.model
         self.tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
-        special_tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
-        self.chat_template = load_chat_template(
-            workspace.tokenizer_dir, {name: token for name, token in special_tokens.items() if token is not None}
-        )
+        self.chat_template = load_chat_template(workspace.tokenizer_dir, self.tokenizer.special_tokens)
         self.defaults = GenerationDefaults.from_dir(workspace.tokenizer_dir)
         self.engine = start_engine(workspace_path, dict(overrides), in_process=in_process)
 
@@ -90,12 +87,12 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
+            return self.tokenizer.encode_prompt(prompt)
         if not prompt or isinstance(prompt[0], int):
             return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
         if self.chat_template is None:
             raise InvalidRequestError("prompt", prompt, "the checkpoint has no chat template: pass text or token ids")
-        return self.tokenizer.encode_prompt(self.chat_template.render(prompt))  # type: ignore[arg-type]
+        return self.tokenizer.encode(self.chat_template.render(prompt), add_special_tokens=False)  # type: ignore[arg-type]
 
     def _collect(
         self, request: EngineRequest, outputs: Iterator[TokenOutput], params: SamplingParams | None
