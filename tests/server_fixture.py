@@ -42,7 +42,7 @@ def running(workspace: Path, http_port: int | None = None) -> Iterator[EmbeddedS
 
 def session_processes(session: int) -> dict[int, str]:
     """Command lines by process id of what runs in a session; the server leads one."""
-    listed = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat=,args="], capture_output=True, text=True)
+    listed = subprocess.run(["ps", "-ww", "-s", str(session), "-o", "pid=,stat=,args="], capture_output=True, text=True)
     rows = (line.split(None, 2) for line in listed.stdout.splitlines())
     return {int(pid): args for pid, state, args in rows if not state.startswith("Z")}
 

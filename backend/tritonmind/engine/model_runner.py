@@ -14,6 +14,7 @@ import torch
 
 from tritonmind.config import EngineConfig
 from tritonmind.engine import kv_cache
+from tritonmind.engine.cuda_graph import DecodeGraphs
 from tritonmind.engine.host_memory import available_bytes
 from tritonmind.engine.sampler import SamplingRow, sample
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Tokens of a step when the configuration leaves it open: enough to keep the device busy, few enough for even answers.
 AUTOMATIC_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
+# What the captured graphs and the CUDA context's workspaces take beside activations.
+GRAPH_RESERVE_BYTES = 1 << 30
 
 
 class StepHandle:
@@ -84,12 +87,21 @@ class ModelRunner:
         self._num_table_blocks = [0] * max_num_seqs  # how much of each row is up to date
         self._admissions = [-1] * max_num_seqs  # whose row it is
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and not config.enforce_eager:
+            self.graphs = DecodeGraphs(self.model, self.kv_caches, max_num_seqs=max_num_seqs, max_blocks=max_blocks)
+            with torch.inference_mode():
+                logger.info("decode graphs captured in %.1f s", self.graphs.capture())
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepHandle:
         """Launch one step and return without waiting for it."""
         sampling = [item for item in output.items if item.samples]
-        logits = self.model(self._build_inputs(output), self.kv_caches)
+        inputs = self._build_inputs(output)
+        if self.graphs is not None and not output.prefills:
+            logits = self.graphs.run(inputs)
+        else:
+            logits = self.model(inputs, self.kv_caches)
         if not sampling:
             return StepHandle(torch.empty(0, dtype=torch.int64))
         rows = [SamplingRow(item.seq.request, item.start + item.num_new_tokens) for item in sampling]
@@ -172,7 +184,9 @@ class ModelRunner:
         per_token = 4 * model.hidden_size + 2 * qkv_size + 3 * model.intermediate_size
         # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
         per_logit_row = 6 * model.vocab_size * 4
-        return limits.max_num_batched_tokens * per_token * self.dtype.itemsize + limits.max_num_seqs * per_logit_row
+        graphs = GRAPH_RESERVE_BYTES if self.device.type == "cuda" and not self.config.enforce_eager else 0
+        per_step = limits.max_num_batched_tokens * per_token * self.dtype.itemsize
+        return per_step + limits.max_num_seqs * per_logit_row + graphs
 
 
 def resolve_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-COPY_BYTES = 512 << 20
+COPY_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
 COPY_ROUNDS = 8
 
 
@@ -30,21 +30,28 @@ def describe() -> dict[str, str]:
     }
 
 
-def host_bandwidth(num_threads: int) -> float:
-    """Bytes per second that a copy in host memory reads and writes with this many threads; the best of several."""
+def copy_bandwidth(num_threads: int) -> float:
+    """Bytes per second that a large copy reads and writes, on the GPU or with these CPU threads: the best of some."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads_before)
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    size = COPY_BYTES[device]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(COPY_ROUNDS):
         started = time.perf_counter()
         target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     torch.set_num_threads(threads_before)
-    return 2 * COPY_BYTES / best
+    del source, target
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * size / best
 
 
 def _cpu_name() -> str:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     batch_sizes = _batch_sizes(args.batch_sizes)
     model = Workspace.open(args.workspace).model
     facts = machine.describe()
-    bandwidth = machine.host_bandwidth(args.num_threads)
+    bandwidth = machine.copy_bandwidth(args.num_threads)
     facts["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
     rows = []
     overrides: dict[str, object] = {
