@@ -209,6 +209,10 @@ def test_overrides_by_either_name_and_as_text(tmp_path: Path) -> None:
         ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
         ({"session_len": 1}, "session_len=1 must be at least 2"),
         ({"block_size": 48}, "cache_block_seq_len=48 must be a power of two"),
+        ({"cache_max_entry_count": "inf"}, "cache_max_entry_count=inf must be positive and finite"),
+        ({"cache_max_entry_count": "nan"}, "cache_max_entry_count=nan must be positive and finite"),
+        ({"cache_max_entry_count": -0.5}, "cache_max_entry_count=-0.5 must be positive and finite"),
+        ({"num_threads": "-1"}, "num_threads=-1 must be 0 (torch's choice) or positive"),
         ({"tensor_parallel_size": 1}, "are split for 2: convert again with --tp 1"),
     ],
 )

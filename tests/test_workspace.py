@@ -118,7 +118,6 @@ def test_batch_dimension(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [".", "model_repository/tritonmind", "model_repository/tritonmind/1", "triton_models"])
 def test_opens_from_root_model_and_version_directory(root: Path, part: str) -> None:
     workspace = Workspace.open(root / part)
-    assert workspace.root == root
     assert workspace.version_dir == root / "model_repository/tritonmind/1"
     assert workspace.tokenizer_dir == workspace.version_dir / "tokenizer"
     assert workspace.model == MODEL
@@ -258,6 +257,11 @@ def edit_json(path: Path, **changes: object) -> None:
         ({"files": {}}, "has no entry under files"),
         ({"tensors": {}}, "tensor .* is missing"),
         ({"tensor_parallel_size": 1}, "tensor_para_size = 2, but .*index.json says 1"),
+        ({"chunk_bytes": 0}, r"index\.json: .* >= 1 .*chunk_bytes"),
+        ({"chunk_bytes": -64}, r"index\.json: .* >= 1 .*chunk_bytes"),
+        ({"chunk_bytes": "64"}, r"index\.json: .*`int`, got `str` .*chunk_bytes"),
+        ({"chunk_bytes": 1.5}, r"index\.json: .*`int`, got `float` .*chunk_bytes"),
+        ({"files": {"a": {"size": -1, "sha256": []}}}, r"index\.json: .* >= 0 .*size"),
     ],
 )
 def test_damaged_index(root: Path, changes: dict[str, object], problem: str) -> None:

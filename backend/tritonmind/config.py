@@ -6,6 +6,7 @@ What is discovered at run time (number of KV blocks, memory plan) lives in other
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, TypeVar
@@ -34,14 +35,11 @@ class QuantPolicy(IntEnum):
 class RopeScaling:
     """Rotary embedding scaling, fields as in a Hugging Face `rope_scaling` / `rope_parameters` dictionary."""
 
-    rope_type: Literal["linear", "dynamic", "llama3", "yarn"]
+    rope_type: Literal["linear", "dynamic", "llama3"]
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +105,9 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size <= 0 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"cache_block_seq_len={self.block_size} must be a power of two (64 or 128 on a GPU)")
-        if not self.cache_max_entry_count > 0:
+        if not (math.isfinite(self.cache_max_entry_count) and self.cache_max_entry_count > 0):
             raise ConfigError(
-                f"cache_max_entry_count={self.cache_max_entry_count} must be positive: "
+                f"cache_max_entry_count={self.cache_max_entry_count} must be positive and finite: "
                 "below 1 a fraction of free memory, else a number of blocks"
             )
 
@@ -167,6 +165,8 @@ class EngineConfig:
             raise ConfigError(
                 f"tensor_para_size={self.tensor_parallel_size} does not divide kv_head_num={self.model.num_kv_heads}"
             )
+        if self.num_threads < 0:
+            raise ConfigError(f"num_threads={self.num_threads} must be 0 (torch's choice) or positive")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -36,7 +36,7 @@ _ALIGNMENT = 64
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A weight file: its size in bytes and the hexadecimal SHA-256 of each chunk of `chunk_bytes`, the last shorter."""
 
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=0)]
     sha256: list[str]
 
 
@@ -47,7 +47,7 @@ class WeightIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     version: str
     image: str
     tensor_parallel_size: int
-    chunk_bytes: int
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=1)]
     tensors: dict[str, str]
     files: dict[str, FileEntry]
 

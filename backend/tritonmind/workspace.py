@@ -40,13 +40,12 @@ _VERIFY_THREADS = 8
 class Workspace:
     """A workspace on disk, opened for reading.
 
-    root: the directory of `convert --dst-path`. version_dir: model_repository/tritonmind/1 in it. model: facts of the
-    model, with the rotary scaling that config.ini asks for.
+    version_dir: model_repository/tritonmind/1 in the directory of `convert --dst-path`. model: facts of the model, with
+    the rotary scaling that config.ini asks for.
     """
 
     def __init__(self, version_dir: Path) -> None:
         self.version_dir = version_dir
-        self.root = version_dir.parents[2]
         self.weights_dir = version_dir / "weights"
         self.tokenizer_dir = version_dir / "tokenizer"
         self.config_ini = self.weights_dir / CONFIG_INI
