@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,9 +61,11 @@ def test_64_streams_are_those_of_single_runs(server: EmbeddedServer) -> None:
             return answer_text(server.address, requests[index])
         with TritonClient(server.address) as client:
             answers = client.generate(text=requests[index]["text"], options={"ignore_eos": True, "max_tokens": 1000})
-            for _ in range(random.randrange(4)):
-                next(answers)
-            answers.close()
+            # Some while they wait for their prompt's turn, some in the middle of their answer.
+            timer = threading.Timer(random.uniform(0.05, 8), client.cancel)
+            timer.start()
+            assert list(answers)[-1].finish_reason == "cancelled"
+            timer.join()
         return None
 
     with ThreadPoolExecutor(NUM_STREAMS) as pool:

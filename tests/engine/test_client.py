@@ -147,6 +147,37 @@ def test_a_killed_engine_ends_every_request_once_with_the_cause(own_process: Pro
         own_process.stats()
 
 
+def test_what_is_sent_while_the_engine_dies_neither_blocks_nor_is_lost(own_process: ProcessEngineClient) -> None:
+    outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+    accepted = set()
+
+    def submit() -> int | None:
+        new = request(own_process, [3], 500)
+        try:
+            own_process.submit(new, outputs.put)
+        except UnavailableError:
+            return None
+        accepted.add(new.request_id)
+        return new.request_id
+
+    first = submit()
+    assert first is not None
+    next_output(outputs)
+    os.kill(own_process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while own_process.is_alive():
+        assert time.monotonic() < deadline, "the engine's end was not noticed"
+        own_process.abort([first])
+        submit()
+        time.sleep(0.002)
+    ended = set()
+    while ended != accepted:
+        output = next_output(outputs)
+        if output.finish_reason is not None:
+            assert output.request_id not in ended
+            ended.add(output.request_id)
+
+
 def test_shutdown_ends_live_requests_and_is_idempotent(workspace: Path) -> None:
     client = start_engine(str(workspace), OVERRIDES)
     assert isinstance(client, ProcessEngineClient)

@@ -100,3 +100,10 @@ def test_position_and_seed_both_change_the_draw() -> None:
     assert sample(logits, [row(seed=2, position=1)]).item() != base
     assert sample(logits, [row(seed=1, position=2)]).item() != base
     assert sample(logits, [row(seed=1 + 2**32, position=1)]).item() != base, "the high half of a seed counts"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-39, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(1, 1000)
+    logits[0, 700] = 9.0
+    assert sample(logits, [row(temperature=temperature, top_k=50, top_p=0.9)]).tolist() == [700]

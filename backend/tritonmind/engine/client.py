@@ -34,8 +34,8 @@ from tritonmind.messages import (
 OnOutput = Callable[[TokenOutput], None]
 Method = Literal["stats", "check_integrity", "reset_prefix_cache", "shutdown"]
 
-# A step on a loaded CPU can take seconds; on a GPU nothing near it.
-HEARTBEAT_TIMEOUT_S = 60.0
+# Heartbeats come between steps. On a CPU a step of a large model takes minutes; on a GPU nothing near it.
+HEARTBEAT_TIMEOUT_S = {"cpu": 900.0, "cuda": 60.0}
 _ERRORS_BY_CODE: dict[str, Callable[[str], TritonmindError]] = {
     "INVALID_ARG": ConfigError,
     "UNAVAILABLE": UnavailableError,
@@ -85,8 +85,8 @@ class EngineClient(ABC):
                     f"max_queue_size={self.info.max_queue_size} wait; try again later"
                 )
             assert request.request_id not in self._live
-            self._live[request.request_id] = on_output
             self._send(request)
+            self._live[request.request_id] = on_output
 
     def stream(self, request: EngineRequest) -> Iterator[TokenOutput]:
         """Submit and yield the outputs as they come, the last one included. Leaving early aborts the request."""
@@ -107,7 +107,9 @@ class EngineClient(ABC):
         with self._lock:
             live = [request_id for request_id in request_ids if request_id in self._live]
             if live and self._failure is None:
-                self._send(Abort(request_ids=live))
+                # An engine that is gone ends them all, as soon as that is noticed.
+                with contextlib.suppress(UnavailableError):
+                    self._send(Abort(request_ids=live))
 
     def stats(self, timeout: float = 5.0) -> EngineStats:
         """Fresh statistics."""
@@ -126,11 +128,13 @@ class EngineClient(ABC):
 
     def is_alive(self) -> bool:
         """Whether the engine is ready, has not failed, and was heard of lately."""
-        return (
-            self._info is not None
-            and self._failure is None
-            and time.monotonic() - self._last_heard < HEARTBEAT_TIMEOUT_S
-        )
+        return self._info is not None and self._failure is None and not self._is_silent()
+
+    def _is_silent(self) -> bool:
+        """Whether a ready engine has given no sign of life for longer than a step can take."""
+        if self._info is None:
+            return False
+        return time.monotonic() - self._last_heard > HEARTBEAT_TIMEOUT_S[self._info.device]
 
     def wait_ready(self) -> None:
         """Block until the engine is ready; raise what kept it from it. Loading takes as long as it takes."""
@@ -149,7 +153,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None:
-        """Hand a message to the engine without waiting. Called with the lock held."""
+        """Hand a message to the engine without waiting. Called with the lock held. UnavailableError if it is gone."""
 
     @abstractmethod
     def _stop(self, timeout: float) -> None:
@@ -164,17 +168,17 @@ class EngineClient(ABC):
     def _call(self, method: Method, timeout: float) -> Reply:
         replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         call_id = next(self._call_ids)
-        with self._lock:
-            if self._failure is not None:
-                raise UnavailableError(f"the engine is down: {self._failure}")
-            self._replies[call_id] = replies
-            self._send(Call(call_id=call_id, method=method))
+        self._replies[call_id] = replies
         try:
+            with self._lock:
+                if self._failure is not None:
+                    raise UnavailableError(f"the engine is down: {self._failure}")
+                self._send(Call(call_id=call_id, method=method))
             reply = replies.get(timeout=timeout)
         except queue.Empty:
             raise TimeoutError(f"the engine did not answer {method!r} within {timeout} s") from None
         finally:
-            self._replies.pop(call_id, None)
+            del self._replies[call_id]
         if self._failure is not None and reply.stats is None and method != "shutdown":
             raise UnavailableError(f"the engine is down: {self._failure}")
         return reply

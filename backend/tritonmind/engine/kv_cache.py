@@ -9,7 +9,7 @@ import torch
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy
 from tritonmind.errors import ConfigError
 
-# Beyond this a CPU cache serves nobody: the process would be killed for memory long before attention over it is useful.
+# A fraction of a host's memory would mostly lie idle. A session of full length fits in any case, memory permitting.
 CPU_CACHE_LIMIT_BYTES = 4 << 30
 
 
@@ -53,9 +53,11 @@ def plan_memory(
     size = block_bytes(config.model, config.cache, config.tensor_parallel_size, dtype)
     wanted = config.cache.cache_max_entry_count
     usable = max(0, free_bytes - reserved_bytes)
+    needed = -(-config.scheduler.max_model_len // config.cache.block_size)
     if wanted < 1:
-        budget = int(usable * wanted)
-        num_blocks = (min(budget, CPU_CACHE_LIMIT_BYTES) if is_cpu else budget) // size
+        num_blocks = int(usable * wanted) // size
+        if is_cpu:
+            num_blocks = min(num_blocks, max(CPU_CACHE_LIMIT_BYTES // size, needed))
     else:
         num_blocks = int(wanted)
         if num_blocks * size > usable:
@@ -63,13 +65,11 @@ def plan_memory(
                 f"cache_max_entry_count={num_blocks} blocks need {num_blocks * size / 2**30:.2f} GiB, "
                 f"but {usable / 2**30:.2f} GiB are free; at most {usable // size} blocks fit"
             )
-    needed = -(-config.scheduler.max_model_len // config.cache.block_size)
     if num_blocks < needed:
         raise ConfigError(
             f"cache_max_entry_count={wanted} gives {num_blocks} KV blocks of {config.cache.block_size} tokens, but one "
-            f"session of "
-            f"session_len={config.scheduler.max_model_len} tokens needs {needed} ({needed * size / 2**30:.2f} GiB; "
-            f"{free_bytes / 2**30:.2f} GiB free): lower session_len, raise cache_max_entry_count, or free memory"
+            f"session of session_len={config.scheduler.max_model_len} tokens needs {needed} "
+            f"({needed * size / 2**30:.2f} GiB; {free_bytes / 2**30:.2f} GiB free): lower session_len, raise cache_max_entry_count, or free memory"
         )
     return MemoryPlan(free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeAlias
 
 from tritonmind.chat_template import Message, load_chat_template
 from tritonmind.engine.launch import start_engine
-from tritonmind.errors import InvalidRequestError, TritonmindError
+from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve
 from tritonmind.text_stream import TextDelta, TextStream
@@ -30,6 +30,27 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int
+
+
+@dataclass
+class _Answer:
+    """An answer in the making."""
+
+    request: EngineRequest
+    stream: TextStream
+    deltas: list[TextDelta] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    def completion(self) -> Completion:
+        reason = self.deltas[-1].finish_reason
+        assert reason is not None
+        return Completion(
+            text="".join(delta.text for delta in self.deltas),
+            token_ids=[token_id for delta in self.deltas for token_id in delta.token_ids],
+            finish_reason=reason,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+        )
 
 
 class LLM:
@@ -60,19 +81,32 @@ class LLM:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Answer all prompts, batched together; answers in the order of the prompts."""
-        answers: list[tuple[EngineRequest, queue.SimpleQueue[TokenOutput]]] = []
-        requests = [self._request(prompt, params or SamplingParams()) for prompt in prompts]
-        for request in requests:
-            outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
-            self.engine.submit(request, outputs.put)
-            answers.append((request, outputs))
-        return [self._collect(request, iter(outputs.get, None), params) for request, outputs in answers]
+        params = params or SamplingParams()
+        outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        answers: dict[int, _Answer] = {}
+        try:
+            for prompt in prompts:
+                request = self._request(prompt, params)
+                self.engine.submit(request, outputs.put)
+                answers[request.request_id] = _Answer(request, TextStream(self.tokenizer, params.stop))
+            while not all(answer.stream.finished for answer in answers.values()):
+                output = outputs.get()
+                answer = answers[output.request_id]
+                if not answer.stream.finished:
+                    self._take(answer, output)
+        finally:
+            self.engine.abort([number for number, answer in answers.items() if not answer.stream.finished])
+        return [answer.completion() for answer in answers.values()]
 
     def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
         """Answer one prompt piece by piece. Leaving early cancels the rest."""
-        request = self._request(prompt, params or SamplingParams())
-        for delta, _ in self._deltas(request, self.engine.stream(request), params):
-            yield delta
+        params = params or SamplingParams()
+        request = self._request(prompt, params)
+        answer = _Answer(request, TextStream(self.tokenizer, params.stop))
+        for output in self.engine.stream(request):
+            yield self._take(answer, output)
+            if answer.stream.finished:
+                return
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
         return resolve(
@@ -94,33 +128,16 @@ class LLM:
             raise InvalidRequestError("prompt", prompt, "the checkpoint has no chat template: pass text or token ids")
         return self.tokenizer.encode(self.chat_template.render(prompt), add_special_tokens=False)  # type: ignore[arg-type]
 
-    def _collect(
-        self, request: EngineRequest, outputs: Iterator[TokenOutput], params: SamplingParams | None
-    ) -> Completion:
-        deltas = list(self._deltas(request, outputs, params))
-        last, output = deltas[-1]
-        assert last.finish_reason is not None
-        return Completion(
-            text="".join(delta.text for delta, _ in deltas),
-            token_ids=[token_id for delta, _ in deltas for token_id in delta.token_ids],
-            finish_reason=last.finish_reason,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_cached_tokens=output.num_cached_tokens,
-        )
-
-    def _deltas(
-        self, request: EngineRequest, outputs: Iterator[TokenOutput], params: SamplingParams | None
-    ) -> Iterator[tuple[TextDelta, TokenOutput]]:
-        """The answer's text, ending at a stop string even if the engine has gone on past it."""
-        stream = TextStream(self.tokenizer, params.stop if params is not None else ())
-        for output in outputs:
-            if output.finish_reason == "error":
-                raise TritonmindError(output.error or "the engine failed")
-            delta = stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
-            yield delta, output
-            if stream.finished:
-                self.engine.abort([request.request_id])
-                return
+    def _take(self, answer: _Answer, output: TokenOutput) -> TextDelta:
+        """Add an engine output to its answer. One that a stop string ends is given up in the engine."""
+        if output.finish_reason == "error":
+            raise UnavailableError(output.error or "the engine failed")
+        delta = answer.stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+        answer.deltas.append(delta)
+        answer.num_cached_tokens = output.num_cached_tokens
+        if answer.stream.finished and output.finish_reason is None:
+            self.engine.abort([output.request_id])
+        return delta
 
 
 def pipeline(workspace_path: str, **overrides: object) -> LLM:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,10 +16,11 @@ import msgspec
 import zmq
 
 import tritonmind
-from tritonmind.engine.client import HEARTBEAT_TIMEOUT_S, EngineClient
+from tritonmind.engine.client import EngineClient
 from tritonmind.errors import TritonmindError, UnavailableError
 from tritonmind.messages import FromEngine, ToEngine
 
+MAX_SOCKET_DIRECTORY_LENGTH = 70  # a socket's whole path may have 107 characters
 POLL_MS = 100  # how soon the end of the engine's process is noticed
 
 
@@ -30,7 +30,8 @@ class ProcessEngineClient(EngineClient):
     def __init__(self, workspace_path: str, overrides: Mapping[str, object], *, python: str | None = None) -> None:
         super().__init__()
         interpreter = python or find_interpreter()
-        self._directory = tempfile.mkdtemp(prefix="tritonmind-")  # mode 0700: only we may connect
+        parent = None if len(tempfile.gettempdir()) < MAX_SOCKET_DIRECTORY_LENGTH else "/tmp"
+        self._directory = tempfile.mkdtemp(prefix="tritonmind-", dir=parent)  # mode 0700: only we may connect
         addresses = {name: f"ipc://{self._directory}/{name}" for name in ("to_engine", "from_engine")}
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
@@ -46,7 +47,11 @@ class ProcessEngineClient(EngineClient):
             "overrides": dict(overrides),
             **addresses,
         }
-        self._process = _start_process(interpreter, setup)
+        try:
+            self._process = _start_process(interpreter, setup)
+        except BaseException:
+            self._release()
+            raise
         self._thread = threading.Thread(target=self._receive_all, name="engine-receive", daemon=True)
         self._thread.start()
 
@@ -56,7 +61,11 @@ class ProcessEngineClient(EngineClient):
         return self._process.pid
 
     def _send(self, message: ToEngine) -> None:
-        self._outbox.send(self._encoder.encode(message))
+        # Without a peer a PUSH socket would block, and we hold the lock that reporting the engine's end needs.
+        try:
+            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise UnavailableError("the engine's process is gone") from None
 
     def _receive_all(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -68,8 +77,8 @@ class ProcessEngineClient(EngineClient):
                 # An EngineFailed would have been received above and came first.
                 self._fail(UnavailableError(f"the engine's process ended: {_describe_exit(self._process.returncode)}"))
                 return
-            if self._info is not None and time.monotonic() - self._last_heard > HEARTBEAT_TIMEOUT_S:
-                self._fail(UnavailableError(f"the engine has given no sign of life for {HEARTBEAT_TIMEOUT_S:.0f} s"))
+            if self._is_silent():
+                self._fail(UnavailableError("the engine has given no sign of life for too long and is stopped"))
                 self._process.kill()
 
     def _stop(self, timeout: float) -> None:
@@ -83,8 +92,11 @@ class ProcessEngineClient(EngineClient):
         self._closing.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            self._context.destroy(linger=0)
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._release()
+
+    def _release(self) -> None:
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def find_interpreter() -> str:

@@ -14,6 +14,7 @@ from tritonmind.kernels import gumbel_noise
 from tritonmind.messages import EngineRequest
 
 INT64_SIGN = 1 << 63
+MIN_TEMPERATURE = 1e-6  # below it only exact ties with the largest logit are left to chance
 
 
 class SamplingRow(NamedTuple):
@@ -37,7 +38,9 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
 def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     device, vocab_size = logits.device, logits.shape[1]
     requests = [row.request for row in rows]
-    scores = logits / torch.tensor([r.temperature for r in requests], device=device).unsqueeze(1)
+    temperatures = torch.tensor([max(r.temperature, MIN_TEMPERATURE) for r in requests], device=device)
+    # Relative to the largest, so that a tiny temperature drives the others to -inf and nothing to inf.
+    scores = (logits - logits.amax(dim=1, keepdim=True)) / temperatures.unsqueeze(1)
     for index, request in enumerate(requests):
         if 0 < request.top_k < vocab_size:
             keep_top_k(scores[index], request.top_k)

@@ -1,0 +1,73 @@
+"""How many blocks a configuration gives, and what it says when they are too few."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy, SchedulerConfig
+from tritonmind.engine.kv_cache import CPU_CACHE_LIMIT_BYTES, MemoryPlan, plan_memory
+from tritonmind.errors import ConfigError
+
+GIB = 1 << 30
+# 16 layers, 8 KV heads of 64: 64 KiB a token in fp32, so 4 MiB a block.
+BLOCK_BYTES = 4 << 20
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    model_name="test",
+    vocab_size=1000,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    intermediate_size=8192,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=131072,
+    weight_type="bf16",
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+
+
+def plan(
+    free: int,
+    *,
+    entries: float = 0.9,
+    session_len: int = 4096,
+    is_cpu: bool = True,
+    policy: QuantPolicy = QuantPolicy.NONE,
+) -> MemoryPlan:
+    config = EngineConfig(
+        model=MODEL,
+        cache=CacheConfig(cache_max_entry_count=entries, quant_policy=policy),
+        scheduler=SchedulerConfig(max_model_len=session_len),
+    )
+    return plan_memory(config, dtype=torch.float32, free_bytes=free, reserved_bytes=GIB, is_cpu=is_cpu)
+
+
+def test_a_fraction_is_of_what_is_free_beside_activations() -> None:
+    assert plan(11 * GIB, entries=0.5, is_cpu=False).num_blocks == 5 * GIB // BLOCK_BYTES
+
+
+def test_a_cpu_cache_is_limited_but_holds_a_whole_session() -> None:
+    assert plan(100 * GIB).num_blocks == CPU_CACHE_LIMIT_BYTES // BLOCK_BYTES
+    assert plan(100 * GIB, session_len=131072).num_blocks == 131072 // 64
+
+
+def test_a_count_is_taken_as_it_is() -> None:
+    assert plan(2 * GIB, entries=100).num_blocks == 100
+
+
+def test_too_little_memory_says_what_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"session_len=131072 tokens needs 2048 \(8.00 GiB; 6.00 GiB free\)"):
+        plan(6 * GIB, session_len=131072)
+    with pytest.raises(ConfigError, match=r"cache_max_entry_count=1000 blocks need 3\.91 GiB, but 1\.00 GiB are free"):
+        plan(2 * GIB, entries=1000)
+
+
+@pytest.mark.parametrize("policy", [QuantPolicy.KV_INT8, QuantPolicy.KV_INT8_CALIBRATED])
+def test_a_policy_this_version_lacks_is_refused_by_name(policy: QuantPolicy) -> None:
+    with pytest.raises(ConfigError, match=f"quant_policy={int(policy)}"):
+        plan(11 * GIB, policy=policy)
