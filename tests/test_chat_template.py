@@ -124,3 +124,12 @@ def test_messages_are_parsed() -> None:
 def test_bad_messages_are_named(text: str, named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named):
         parse_messages(text)
+
+
+@pytest.mark.parametrize("depth", [10, 300, 600, 900, 100_000])
+def test_nesting_at_any_depth_is_an_invalid_request(depth: int) -> None:
+    """Some depths can be decoded, but not shown in an error's message."""
+    nested = "[" * depth + "]" * depth
+    for text in ("[" * depth, nested, f'[{{"role": "user", "content": {nested}}}]'):
+        with pytest.raises(InvalidRequestError, match="messages"):
+            parse_messages(text)

@@ -104,6 +104,22 @@ def test_sampling_parameters_must_be_a_json_object(text: str) -> None:
         parsed(sampling_parameters=text)
 
 
+@pytest.mark.parametrize("depth", [10, 300, 600, 900, 100_000])
+def test_nesting_at_any_depth_is_an_invalid_request(depth: int) -> None:
+    """Some depths can be decoded, but not shown in an error's message."""
+    nested = "[" * depth + "]" * depth
+    for text in ("[" * depth, nested, f'{{"stop": {nested}}}', f'{{"unknown": {nested}}}'):
+        with pytest.raises(InvalidRequestError, match=r"^(sampling_parameters|stop|unknown)="):
+            parsed(sampling_parameters=text)
+        with pytest.raises(InvalidRequestError, match=r"^(sampling_parameters|stop|unknown)="):
+            parsed({"sampling_parameters": text})
+
+
+def test_empty_text_is_refused_whatever_the_tokenizer_adds() -> None:
+    with pytest.raises(InvalidRequestError, match="text_input='' is invalid: is empty"):
+        parsed(text_input="")
+
+
 def test_the_server_s_own_parameters_are_left_alone() -> None:
     request = parsed({"id": "1", "timeout": 5, "priority": 1, "triton_enable_empty_final_response": True})
     assert request == ParsedRequest(text="a")

@@ -124,9 +124,14 @@ def parse_messages(text: str) -> list[Message]:
     Raises InvalidRequestError naming the message and the key.
     """
     try:
-        messages = msgspec.json.decode(text)
+        return _checked_messages(msgspec.json.decode(text))
     except msgspec.MsgspecError as error:
         raise InvalidRequestError("messages", text, f"is not JSON: {error}") from None
+    except RecursionError:  # from decoding, or from an error that shows what was decoded
+        raise InvalidRequestError("messages", text, "is nested too deeply") from None
+
+
+def _checked_messages(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequestError("messages", messages, "must be a JSON list of {role, content} objects, at least one")
     for index, message in enumerate(messages):

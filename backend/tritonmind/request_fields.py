@@ -107,6 +107,13 @@ class _Options:
         else:
             self._given[canonical] = (source, value)
 
+    def add_json(self, text: str, source: str) -> None:
+        try:
+            for name, value in _json_options(text).items():
+                self.add(name, value, source)
+        except RecursionError:  # from decoding, or from an error that shows what was decoded
+            raise InvalidRequestError("sampling_parameters", text, "is nested too deeply") from None
+
     def flag(self, name: str, default: bool) -> bool:
         return self._given[name][1] if name in self._given else default
 
@@ -130,17 +137,18 @@ def parse_request(
         if name not in PROMPT_FIELDS and name != "sampling_parameters":
             options.add(name, _values(name, array), f"the input {name}")
     if "sampling_parameters" in tensors:
-        for name, value in _json_options(_values("sampling_parameters", tensors["sampling_parameters"])).items():
-            options.add(name, value, "sampling_parameters")
+        options.add_json(_values("sampling_parameters", tensors["sampling_parameters"]), "sampling_parameters")
     for name, value in parameters.items():
         if name == "sampling_parameters":
-            for key, item in _json_options(str(value)).items():
-                options.add(key, item, "sampling_parameters among the request's parameters")
+            options.add_json(str(value), "sampling_parameters among the request's parameters")
         elif name in _OPTION_TYPES or name in _SPELLINGS:
             options.add(name, value, "the request's parameters")
         elif name not in _FOREIGN_PARAMETERS and not name.startswith(_FOREIGN_PREFIXES):
             raise InvalidRequestError(name, value, f"unknown request parameter; known are {_known(_OPTION_TYPES)}")
     prompt = _values(prompts[0], tensors[prompts[0]])
+    # A tokenizer that adds bos would make a prompt of nothing.
+    if prompts[0] == "text_input" and not prompt:
+        raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")
     return ParsedRequest(
         text=prompt if prompts[0] == "text_input" else None,
         input_ids=prompt if prompts[0] == "input_ids" else None,

@@ -136,7 +136,9 @@ def test_only_requested_outputs_are_made(served: Served) -> None:
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({}, "exactly one of text_input, input_ids, messages"),
     ({"text_input": "a", "messages": MESSAGES}, "exactly one of"),
-    ({"text_input": ""}, "prompt"),
+    ({"text_input": ""}, "text_input"),
+    ({"text_input": "a", "sampling_parameters": "[" * 100_000}, "sampling_parameters"),
+    ({"messages": "[" * 100_000}, "messages"),
     ({"text_input": "word " * MAX_MODEL_LEN}, f"session_len is {MAX_MODEL_LEN}"),
     ({"input_ids": np.array([5, 320], dtype=np.int32)}, "input_ids=320"),
     ({"text_input": "a", "temperature": np.array([np.nan], dtype=np.float32)}, "temperature=nan"),
