@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,28 @@ def test_special_tokens_and_bos(byte_fallback: Tokenizer, smollm2: Tokenizer) ->
     assert byte_fallback.decode(ids, skip_special_tokens=False) == byte_fallback.backend.decode(
         ids, skip_special_tokens=False
     )
+
+
+def test_longest_token(byte_fallback: Tokenizer, smollm2: Tokenizer) -> None:
+    assert byte_fallback.longest_token == len("<unk>")
+    text = "".join(TEXTS)
+    ids = smollm2.encode(text, add_special_tokens=False)
+    assert len(text.encode()) <= len(ids) * smollm2.longest_token
+    assert smollm2.longest_token == max(len(smollm2.token_bytes(i)) for i in range(smollm2.vocab_size))
+
+
+def test_encoding_lets_other_threads_run(smollm2: Tokenizer) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 15_000
+    times = []
+    encoding = threading.Thread(target=smollm2.encode, args=(text,), kwargs={"add_special_tokens": False})
+    begin = time.perf_counter()
+    encoding.start()
+    while encoding.is_alive():
+        times.append(time.perf_counter())
+        time.sleep(0.002)
+    took = time.perf_counter() - begin
+    longest = max(after - before for before, after in pairwise([begin, *times, begin + took]))
+    assert longest < took / 2, "encoding held the interpreter"
 
 
 def test_a_prompt_gets_one_bos(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ class RequestServer:
             client = self._client
             if client is None:
                 raise UnavailableError("the engine is down and is being restarted")
-            token_ids, text = self._tokenise(live.request)
+            token_ids, text = self._tokenise(live.request, client.info.max_model_len)
             live.engine_id = client.next_request_id()
             request = resolve(
                 live.request.params,
@@ -176,7 +176,7 @@ class RequestServer:
             log.exception("a request failed before it reached the engine")
             live.give_up(TritonmindError(f"internal error: {error!r}"))
 
-    def _tokenise(self, request: ParsedRequest) -> tuple[list[int], str]:
+    def _tokenise(self, request: ParsedRequest, max_model_len: int) -> tuple[list[int], str]:
         """Token ids of the prompt, and its text if the answer is to begin with it."""
         tokenizer = self._tokenizer
         if request.input_ids is not None:
@@ -187,9 +187,22 @@ class RequestServer:
                     "messages", request.messages, "this checkpoint has no chat template: send text_input instead"
                 )
             text = self._chat_template.render(request.messages)
+            self._check_size("messages", text, max_model_len)
             return tokenizer.encode(text, add_special_tokens=False), text
         assert request.text is not None
+        self._check_size("text_input", request.text, max_model_len)
         return tokenizer.encode_prompt(request.text), request.text
+
+    def _check_size(self, field: str, text: str, max_model_len: int) -> None:
+        """Refuse, before the work of encoding it, a text that cannot fit whatever its tokens are."""
+        longest = self._tokenizer.longest_token
+        num_bytes = len(text.encode())
+        if num_bytes > max_model_len * longest:
+            raise InvalidRequestError(
+                field,
+                f"{num_bytes} bytes",
+                f"session_len is {max_model_len} tokens and a token has at most {longest} bytes: send a shorter text",
+            )
 
     def _run_lane(self, lane: Lane) -> None:
         while (live := lane.get()) is not None:

@@ -182,6 +182,18 @@ def test_a_bad_request_does_not_hurt_its_neighbour_in_one_call(served: Served) -
     assert not good.sender.responses[-1].has_error()
 
 
+@pytest.mark.parametrize("field", ["text_input", "messages"])
+def test_a_text_that_cannot_fit_is_refused_without_encoding_it(served: Served, field: str) -> None:
+    text = "words " * 8_000_000
+    sent = text if field == "text_input" else json.dumps([{"role": "user", "content": text}])
+    begin = time.perf_counter()
+    error = error_of(served.send(**{field: sent}))
+    assert time.perf_counter() - begin < 0.5
+    assert error.code() == served.pb_utils.TritonError.INVALID_ARG
+    assert error.message().startswith(f"{field}=")
+    assert f"session_len is {MAX_MODEL_LEN} tokens" in error.message()
+
+
 def test_full_queue_is_unavailable(served: Served) -> None:
     served.engine.queue_full = True
     error = error_of(served.send(text_input="a"))
@@ -231,10 +243,10 @@ def test_cancelled_while_it_is_tokenised(served: Served, monkeypatch: pytest.Mon
     reached, release = threading.Event(), threading.Event()
     tokenise = server._tokenise
 
-    def slow(request: Any) -> Any:
+    def slow(*args: Any) -> Any:
         reached.set()
         assert release.wait(5)
-        return tokenise(request)
+        return tokenise(*args)
 
     monkeypatch.setattr(server, "_tokenise", slow)
     sender = served.send(text_input="hello")
