@@ -153,14 +153,21 @@ class _TritonResponder:
         response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error), code))
         self._end(response)
 
+    def finish(self) -> None:
+        self._end(None)
+
     def is_cancelled(self) -> bool:
         with self._asking_or_ending:
             return not self._ended and self._sender.is_cancelled()
 
-    def _end(self, response: Any) -> None:
+    def _end(self, response: Any | None) -> None:
         with self._asking_or_ending:
-            self._sender.send(response, flags=FINAL)
+            # Even if this fails: the server may have seen it, and then asking it is fatal.
             self._ended = True
+            if response is None:
+                self._sender.send(flags=FINAL)
+            else:
+                self._sender.send(response, flags=FINAL)
 
 
 class _ServerLogHandler(logging.Handler):

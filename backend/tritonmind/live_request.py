@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections import deque
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from tritonmind.text_stream import TextStream
 
 if TYPE_CHECKING:
     from tritonmind.engine.client import EngineClient
+
+log = logging.getLogger("tritonmind")
 
 
 @dataclass(kw_only=True)
@@ -30,19 +33,22 @@ class Answer:
 
 
 class Responder(Protocol):
-    """The way back to one client. `send` and `fail` are called by one thread, `is_cancelled` by another at any time."""
+    """The way back to one client. `is_cancelled` may be called by another thread than the rest, at any time."""
 
     def send(self, answer: Answer, *, final: bool) -> None: ...
 
     def fail(self, error: TritonmindError) -> None:
         """Send an error as the last response."""
 
+    def finish(self) -> None:
+        """End the request without a response, for when neither an answer nor an error can be sent."""
+
     def is_cancelled(self) -> bool: ...
 
 
 class LiveRequest:
     """A request's state. `failure` and `rung` may be written by any thread, `client` and `stream` by the intake thread
-    before the engine knows the request, the rest by its lane.
+    before the engine knows the request, `sweep_failed` by the sweeper, the rest by its lane.
     """
 
     def __init__(self, request: ParsedRequest, responder: Responder, lane: Lane) -> None:
@@ -53,6 +59,7 @@ class LiveRequest:
         self.rung = False
         self.failure: TritonmindError | None = None
         self.closed = False
+        self.sweep_failed = False
         self.client: EngineClient | None = None
         self.engine_id = -1
         self.stream: TextStream | None = None
@@ -72,8 +79,12 @@ class LiveRequest:
         self.ring()
 
     def abort(self) -> None:
+        """Tell the engine to drop the request. An engine that cannot be told is about to be found dead."""
         if self.client is not None:
-            self.client.abort([self.engine_id])
+            try:
+                self.client.abort([self.engine_id])
+            except Exception:
+                log.exception("a request could not be aborted in the engine")
 
     def on_output(self, output: TokenOutput) -> None:
         self.inbox.append(output)

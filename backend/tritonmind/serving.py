@@ -36,6 +36,9 @@ NUM_INTAKE_THREADS = 2
 SWEEP_PERIOD_S = 0.05
 ENGINE_STOP_TIMEOUT_S = 5.0
 MAX_RESTART_DELAY_S = 30.0
+NUM_FINISH_ATTEMPTS = 3
+FINISH_RETRY_DELAY_S = 0.05
+SWEEP_COMPLAINT_PERIOD_S = 60.0
 
 log = logging.getLogger("tritonmind")
 
@@ -43,9 +46,9 @@ log = logging.getLogger("tritonmind")
 class RequestServer:
     """Answers requests with an engine that it starts, watches and, when it fails, replaces.
 
-    start: makes an engine; blocks until it is ready; raises TritonmindError. on_engine_exit: called once after an
-    engine failure instead of a restart, when the policy is "exit". should_drain: polled; once it is true the server
-    drains for drain_timeout seconds and takes no more requests.
+    start: makes an engine; blocks until it is ready. What it raises at first leaves the constructor; later it is tried
+    again. on_engine_exit: called once after an engine failure instead of a restart, when the policy is "exit".
+    should_drain: polled; once it is true the server drains for drain_timeout seconds and takes no more requests.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class RequestServer:
         self._live: dict[LiveRequest, None] = {}
         self._refusal: UnavailableError | None = None
         self._stopping = threading.Event()
+        self._next_complaint = 0.0
         self._client: EngineClient | None = start()
         self._recovery: threading.Thread | None = None
         self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(NUM_LANES)]
@@ -120,7 +124,11 @@ class RequestServer:
             live.give_up(UnavailableError(f"the model is being unloaded: the answer was cut off after {timeout:g} s"))
 
     def close(self) -> None:
-        """Drain, stop every thread and the engine, and log the accounts. Ends in bounded time."""
+        """Drain, stop every thread and the engine, and log the accounts.
+
+        Takes the drain timeout, what is left of tokenising at most NUM_INTAKE_THREADS prompts (`_check_size` bounds
+        those), and for the engine a few times ENGINE_STOP_TIMEOUT_S.
+        """
         self.drain()
         self._stopping.set()
         self._sweeper.join()
@@ -151,7 +159,8 @@ class RequestServer:
                 return
             client = self._client
             if client is None:
-                raise UnavailableError("the engine is down and is being restarted")
+                restart = " and is being restarted" if self._engine_failure == "restart" else ""
+                raise UnavailableError(f"the engine is down{restart}")
             token_ids, text = self._tokenise(live.request, client.info.max_model_len)
             live.engine_id = client.next_request_id()
             request = resolve(
@@ -250,39 +259,76 @@ class RequestServer:
     def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
         """Lane thread: account for the last response, sending it if it is an error."""
         live.closed = True
-        try:
-            if error is not None:
-                live.responder.fail(error)
-        except Exception:
-            log.exception("the last response of a request could not be sent")
+        sent = error is None or self._send_error(live.responder, error)
         with self._all_ended:
             del self._live[live]
-            self.num_finals += 1
+            self.num_finals += sent
             self._all_ended.notify_all()
+
+    def _send_error(self, responder: Responder, error: TritonmindError) -> bool:
+        """End a request with `error`, or else just end it. Whether either worked."""
+        try:
+            responder.fail(error)
+            return True
+        except Exception:
+            log.exception("the last response of a request could not be sent; ending it without: %s", error)
+        for _ in range(NUM_FINISH_ATTEMPTS):
+            try:
+                responder.finish()
+                return True
+            except Exception as cause:
+                log.error("a request could not be ended: %r", cause)
+                time.sleep(FINISH_RETRY_DELAY_S)
+        return False
 
     def _run_sweeper(self) -> None:
         while not self._stopping.wait(SWEEP_PERIOD_S):
-            self._watch_engine()
-            if self._refusal is None and self._should_drain():
-                log.info("told to drain: no more requests are taken")
-                threading.Thread(target=self.drain, name="drain", daemon=True).start()
+            for watch in (self._watch_engine, self._watch_drain):
+                try:
+                    watch()
+                except Exception:
+                    # Likely again at every sweep.
+                    if time.monotonic() >= self._next_complaint:
+                        self._next_complaint = time.monotonic() + SWEEP_COMPLAINT_PERIOD_S
+                        log.exception("the engine or the order to drain could not be looked at; tried again")
             with self._lock:
                 lives = list(self._live)
             for live in lives:
-                if live.failure is None and live.responder.is_cancelled():
-                    live.give_up(CancelledError("the client cancelled the request"))
+                self._watch_client(live)
+
+    def _watch_client(self, live: LiveRequest) -> None:
+        try:
+            if live.failure is None and live.responder.is_cancelled():
+                live.give_up(CancelledError("the client cancelled the request"))
+        except Exception:
+            if not live.sweep_failed:
+                live.sweep_failed = True
+                log.exception("whether a request was cancelled is unknown; tried again, logged once")
+
+    def _watch_drain(self) -> None:
+        if self._refusal is None and self._should_drain():
+            log.info("told to drain: no more requests are taken")
+            threading.Thread(target=self.drain, name="drain", daemon=True).start()
 
     def _watch_engine(self) -> None:
         client = self._client
         if client is not None and not client.is_alive():
+            recovery = threading.Thread(target=self._recover, args=(client,), name="recovery", daemon=True)
             self._client = None
-            self._recovery = threading.Thread(target=self._recover, args=(client,), name="recovery", daemon=True)
-            self._recovery.start()
+            try:
+                recovery.start()
+            except RuntimeError:  # no thread to be had: the next sweep finds the dead engine again
+                self._client = client
+                raise
+            self._recovery = recovery
 
     def _recover(self, failed: EngineClient) -> None:
         """Fail what the dead engine owed, then start another one, waiting longer after each attempt, or leave."""
         log.error("the engine failed; its requests are answered UNAVAILABLE; policy: %s", self._engine_failure)
-        failed.shutdown(ENGINE_STOP_TIMEOUT_S)
+        try:
+            failed.shutdown(ENGINE_STOP_TIMEOUT_S)
+        except Exception:
+            log.exception("what is left of the failed engine could not be removed")
         if self._engine_failure == "exit":
             self._on_engine_exit()
             return
@@ -291,8 +337,9 @@ class RequestServer:
             begin = time.monotonic()
             try:
                 client = self._start()
-            except TritonmindError as error:
-                log.error("the engine did not start again, next attempt in %g s: %s", delay, error)
+            except Exception as error:
+                text = error if isinstance(error, TritonmindError) else repr(error)
+                log.error("the engine did not start again, next attempt in %g s: %s", delay, text)
                 self._stopping.wait(delay)
                 delay = min(2 * delay, MAX_RESTART_DELAY_S)
                 continue

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backend.conftest import MAX_MODEL_LEN, Served, error_of, eventually, texts, value
+from tests.backend.conftest import MAX_MODEL_LEN, Served, array_of, error_of, eventually, texts, value
 from tests.backend.fake_engine import FakeEngine
 from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.errors import ConfigError, TritonmindError
@@ -185,7 +185,7 @@ def test_a_bad_request_does_not_hurt_its_neighbour_in_one_call(served: Served) -
 @pytest.mark.parametrize("field", ["text_input", "messages"])
 def test_a_text_that_cannot_fit_is_refused_without_encoding_it(served: Served, field: str) -> None:
     text = "words " * 8_000_000
-    sent = text if field == "text_input" else json.dumps([{"role": "user", "content": text}])
+    sent = array_of(text if field == "text_input" else json.dumps([{"role": "user", "content": text}]))
     begin = time.perf_counter()
     error = error_of(served.send(**{field: sent}))
     assert time.perf_counter() - begin < 0.5
@@ -277,8 +277,9 @@ def test_dead_engine_is_replaced(served: Served) -> None:
     assert texts(sender) == ["y"]
 
 
-def test_engine_that_does_not_start_again_is_retried(served: Served) -> None:
-    served.start_failures = [TritonmindError("no memory")]
+@pytest.mark.parametrize("failure", [TritonmindError("no memory"), OSError(12, "Cannot allocate memory")])
+def test_engine_that_does_not_start_again_is_retried(served: Served, failure: Exception) -> None:
+    served.start_failures = [failure]
     served.engine.die()
     assert eventually(lambda: not served.start_failures)
     error = error_of(served.send(text_input="a"))
@@ -297,6 +298,9 @@ def test_engine_failure_can_stop_the_server(
     assert stopped.wait(5)
     assert not unloaded.model.is_ready()
     assert len(unloaded.engines) == 1
+    error = error_of(unloaded.send(text_input="a"))
+    assert error.code() == unloaded.pb_utils.TritonError.UNAVAILABLE
+    assert error.message() == "the engine is down"
 
 
 def test_finalize_lets_answers_end(served: Served) -> None:
