@@ -69,7 +69,8 @@ def plan_memory(
         raise ConfigError(
             f"cache_max_entry_count={wanted} gives {num_blocks} KV blocks of {config.cache.block_size} tokens, but one "
             f"session of session_len={config.scheduler.max_model_len} tokens needs {needed} "
-            f"({needed * size / 2**30:.2f} GiB; {free_bytes / 2**30:.2f} GiB free): lower session_len, raise cache_max_entry_count, or free memory"
+            f"({needed * size / 2**30:.2f} GiB; {free_bytes / 2**30:.2f} GiB free): "
+            f"lower session_len, raise cache_max_entry_count, or free memory"
         )
     return MemoryPlan(free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size)
 
