@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonmind.errors import CheckpointError
+from tritonmind.errors import CheckpointError, TritonmindError
 from tritonmind_tools import cli, convert
 
 
@@ -60,12 +60,13 @@ def failing(error: BaseException) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("error", "status", "shown"),
     [
-        (CheckpointError("a.bin: first\n  second"), 1, "tritonmind: error: a.bin: first second\n"),
+        (CheckpointError("a.bin: first\n  second"), 1, "tritonmind: error: a.bin: first\n  second\n"),
+        (TritonmindError("the cause \n\nThe log is x"), 1, "tritonmind: error: the cause\nThe log is x\n"),
         (OSError(28, "No space left on device", "/disk"), 1, "No space left on device: '/disk'\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_errors_are_one_line(
+def test_errors_keep_their_lines(
     error: BaseException,
     status: int,
     shown: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -118,6 +119,29 @@ def test_config_that_cannot_be_served(checkpoint: Path, changes: dict[str, Any],
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
     message = refused(tmp_path / "org-model")
     assert "org-model does not exist" in message and "models are not downloaded by name" in message
+
+
+@pytest.mark.parametrize("operation", ["open", "exists"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_path_that_may_not_be_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, operation: str, name: str
+) -> None:
+    """Simulated: to root every file is readable."""
+    single_file(checkpoint)
+    (checkpoint / "model.gguf").write_bytes(b"GGUF")
+    given = checkpoint if name == "model.safetensors" else checkpoint / name
+    forbidden = given if operation == "exists" else checkpoint / name
+    original = getattr(Path, operation)
+
+    def forbid(path: Path, *args: Any, **options: Any) -> Any:
+        if path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, operation, forbid)
+    with pytest.raises(CheckpointError) as error:
+        convert("tiny", given, checkpoint.parent / "workspace")
+    assert str(error.value) == f"{forbidden} cannot be read: Permission denied"
 
 
 def test_path_that_is_no_checkpoint(checkpoint: Path) -> None:

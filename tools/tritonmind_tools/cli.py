@@ -63,7 +63,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 
 def _print_error(message: str) -> None:
-    text = f"tritonmind: error: {' '.join(message.split())}"
+    text = "tritonmind: error: " + "\n".join(line.rstrip() for line in message.splitlines() if line.strip())
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         text = f"{_RED}{text}{_RESET}"
     print(text, file=sys.stderr)

@@ -124,7 +124,10 @@ def convert(
     if not _MODEL_NAME.fullmatch(model_name):
         raise ConfigError(f"MODEL_NAME={model_name!r} must consist of letters, digits, '.', '_' and '-'")
     check_destination(destination, force)
-    checkpoint = _open_checkpoint(path)
+    try:
+        checkpoint = _open_checkpoint(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
     with tempfile.TemporaryDirectory(prefix="tritonmind-") as staged:
         tokenizer_dir = Path(staged, "tokenizer")
         tokenizer_dir.mkdir()
@@ -148,7 +151,10 @@ def convert(
 
 
 def _open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, a directory or a .gguf file. Raises CheckpointError when there is none."""
+    """The checkpoint at `path`, a directory or a .gguf file.
+
+    Raises CheckpointError when there is none, OSError when one of its files may not be read.
+    """
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist: give the directory of a downloaded checkpoint or a .gguf file "

@@ -82,6 +82,7 @@ class HfCheckpoint:
     def _scan(self, file: Path, indexed: set[str] | None) -> None:
         from safetensors import SafetensorError
 
+        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         try:
             handle = self._handle(file)
             names = set(handle.keys())

@@ -15,13 +15,17 @@ _PREFIX = re.compile(
     r"|^TritonModelException: |^(?:\w+\.)*(?:Tritonmind|Workspace|Config|Unavailable)Error: "
 )
 _HINTS = (
-    (re.compile(r"No space left on device|[Uu]nable to (?:initialize|create|grow) shared memory"),
+    (re.compile(r"(?i)unable to (?:initialize|create|grow) shared memory"
+                r"|(?:/dev/shm|shared memory|shm_).*no space left on device"
+                r"|no space left on device.*(?:/dev/shm|shared memory)"),
      "shared memory is full: free /dev/shm (leftover triton_python_backend_* files of crashed servers) or enlarge it"),
     (re.compile(r"libpython[\w.]+: cannot open shared object file"),
      "the shared library of Python was not found: install libpython for this Python version"),
     (re.compile(r"bad_alloc|Cannot allocate memory|DefaultCPUAllocator: (?:can't|not enough) memory"),
      "out of memory: close other programs, or lower session_len and cache_max_entry_count in config.ini"),
 )  # fmt: skip
+# With the path before it, as C programs have it, or behind it in quotes, as Python has it.
+_DISK_FULL = re.compile(r"(?:(?P<before>/[^\s:]+): )?No space left on device(?:: \\?['\"](?P<behind>[^'\"\\]+))?")
 
 
 def failure_cause(log: str, return_code: int | None) -> str:
@@ -33,6 +37,10 @@ def failure_cause(log: str, return_code: int | None) -> str:
     for pattern, hint in _HINTS:
         if pattern.search(log):
             return f"{hint} ({backend})" if backend else hint
+    full = _DISK_FULL.search(log)
+    if full:
+        path = full["before"] or full["behind"]
+        return f"the disk is full: {path} could not be written" if path else "the disk is full"
     if return_code == -signal.SIGKILL:
         return "the server was killed, most likely by the system for lack of memory"
     found = backend or _first(_START_FAILED, log) or _first(_GENERAL, log)
