@@ -38,10 +38,15 @@ RUN install -D --mode=644 \
 ENV TRITON_CACHE_DIR=/var/cache/tritonmind/triton
 VOLUME /var/cache/tritonmind
 
+# Created by whoever stops the server, before SIGTERM:
+#   docker exec CONTAINER sh -c 'touch "$TRITONMIND_DRAIN_FILE"'
+# A container that is started again, not made anew (docker run --rm), keeps the file and refuses requests: remove it.
+ENV TRITONMIND_DRAIN_FILE=/tmp/tritonmind-drain
+
 # Empty: the server's Python stub would import a model.py of its working directory before the backend's.
 WORKDIR /srv/empty
 
 EXPOSE 33337 33338 33339
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
     CMD ["python3", "-c", "from tritonclient.grpc import InferenceServerClient as C; raise SystemExit(not C('127.0.0.1:33337').is_model_ready('tritonmind', client_timeout=5))"]
-CMD ["tritonserver", "--model-repository=/workspace/model_repository", "--grpc-port=33337", "--http-port=33338", "--metrics-port=33339"]
+CMD ["tritonserver", "--model-repository=/workspace/model_repository", "--grpc-port=33337", "--http-port=33338", "--metrics-port=33339", "--exit-timeout-secs=8"]

@@ -43,6 +43,9 @@ bad_usage() {
 }
 
 is_workspace() { [ -f "$1/model_repository/$model/1/weights/index.json" ]; }
+check_workspace() {
+  is_workspace "$workspace" || die "$workspace is no workspace: model_repository/$model/1/weights/index.json is missing; make one with \`tritonmind convert\`"
+}
 in_checkout() { [ -f "$here/setup.cfg" ] && [ -f "$here/tools/setup_venv.sh" ]; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 has_docker() { command -v docker >/dev/null && timeout 20 docker info >/dev/null 2>&1; }
@@ -53,21 +56,30 @@ workspace=''
 is_port() { [[ $1 =~ ^[0-9]{1,5}$ ]] && [ "$1" -ge 1 ] && [ "$1" -le 65535 ]; }
 
 parse_options() {
-  local option value
+  local option value attached
   while [ $# -gt 0 ]; do
     option=$1
+    attached=no
     shift
     case $option in
-      --*=*) set -- "${option#*=}" "$@"; option=${option%%=*} ;;
+      --*=*) attached=yes; set -- "${option#*=}" "$@"; option=${option%%=*} ;;
     esac
     case $option in --*) option=${option//_/-} ;; esac
+    case $attached$option in yes--help | yes--docker | yes--embedded) bad_usage "$option takes no value, got '$1'" ;; esac
     case $option in
       -h | --help) usage; exit 0 ;;
       --docker | --embedded)
         [ -z "$mode" ] || [ "$mode" = "${option#--}" ] || bad_usage '--docker and --embedded exclude each other'
         mode=${option#--} ;;
-      --http) http=33338; if [ $# -gt 0 ] && is_port "$1"; then http=$1; shift; fi ;;
-      --metrics) metrics=33339; if [ $# -gt 0 ] && is_port "$1"; then metrics=$1; shift; fi ;;
+      --http | --metrics)
+        if [ "$option" = --http ]; then value=33338; else value=33339; fi
+        if [ $# -gt 0 ] && is_port "$1"; then
+          value=$1
+          shift
+        elif [ "$attached" = yes ]; then
+          bad_usage "$option=$1 is no port: give a number from 1 to 65535"
+        fi
+        printf -v "${option#--}" '%s' "$value" ;;
       --grpc-port | --grpc-address | --venv | --torch-index | --image | --lib-dir | --log-file)
         [ $# -gt 0 ] || bad_usage "$option needs a value"
         value=$1
@@ -159,9 +171,11 @@ serve_docker() {
   image=${image:-$(sed -n 's/.*"image": *"\([^"]*\)".*/\1/p' "$facts" | head -n 1)}
   docker image inspect "$image" >/dev/null 2>&1 ||
     die "the image $image is not here; build it in tritonmind's checkout: docker build -t $image ."
-  arguments=(--rm --name "$container" --shm-size 16g --stop-timeout "$stop_seconds"
+  # --rm: a new container each time, without the last one's drain file. --sig-proxy: no signal overtakes stop_docker's drain.
+  arguments=(--rm --sig-proxy=false --name "$container" --shm-size 16g --stop-timeout "$stop_seconds"
     -v "$(cd "$workspace" && pwd):/workspace:ro" -p "$grpc_address:$grpc_port:33337")
-  flags=(--model-repository=/workspace/model_repository --allow-grpc=1 --grpc-port=33337 --allow-http=0 --allow-metrics=0)
+  flags=(--model-repository=/workspace/model_repository --allow-grpc=1 --grpc-port=33337 --allow-http=0 --allow-metrics=0
+    --exit-timeout-secs=$((stop_seconds - 1)))
   if has_gpu; then arguments+=(--gpus "$(gpu_devices)"); else say 'No NVIDIA GPU answers: the container runs on the CPU.'; fi
   if [ -n "$http" ]; then arguments+=(-p "$grpc_address:$http:33338"); flags+=(--allow-http=1 --http-port=33338); fi
   if [ -n "$metrics" ]; then arguments+=(-p "$grpc_address:$metrics:33339"); flags+=(--allow-metrics=1 --metrics-port=33339); fi
@@ -175,6 +189,9 @@ serve_docker() {
 stop_docker() {
   trap '' INT TERM HUP
   say "Stopping the container $container"
+  # The backend then ends its requests, which the server, told to exit, would wait for.
+  # shellcheck disable=SC2016  # the variable is the container's
+  timeout 2 docker exec "$container" sh -c 'touch "$TRITONMIND_DRAIN_FILE"' >/dev/null 2>&1 || true
   docker stop -t "$stop_seconds" "$container" >/dev/null 2>&1 || true
   exit 0
 }
@@ -196,11 +213,12 @@ watch_docker() {
 }
 
 parse_options "$@"
+if [ -n "$workspace" ]; then check_workspace; fi
 choose_mode
 if in_checkout; then
   prepare_checkout
 elif [ -z "$workspace" ]; then
   workspace=$here
 fi
-is_workspace "$workspace" || die "$workspace is no workspace: model_repository/$model/1/weights/index.json is missing; make one with \`tritonmind convert\`"
+check_workspace
 "serve_$mode"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tritonmind import __version__
+from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.resources import resource
 from tritonmind_tools import embedded_server
 
@@ -87,6 +88,12 @@ def test_ports_and_health_check_are_the_scripts() -> None:
     assert embedded_server.MODEL_NAME in of("HEALTHCHECK")[0]
     for port in ports:
         assert f"={port}" in of("CMD")[-1]
+
+
+def test_requests_can_be_drained_in_time() -> None:
+    variables = dict(pair.split("=", 1) for arguments in of("ENV") for pair in arguments.split())
+    assert variables[DRAIN_FILE_VARIABLE].startswith("/tmp/")
+    assert f'"--exit-timeout-secs={int(embedded_server.STOP_TIMEOUT_S) - 1}"' in of("CMD")[-1]
 
 
 def test_comment_builds_this_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,34 @@ IMAGE = "tritonmind:9.9.9"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # What the script itself needs; PATH holds nothing else, so that a real docker or tritonmind is never reached.
-SYSTEM_TOOLS = ("bash", "cat", "dirname", "grep", "head", "mktemp", "sed", "seq", "sleep", "tail", "timeout")
+SYSTEM_TOOLS = (
+    "bash",
+    "cat",
+    "dirname",
+    "grep",
+    "head",
+    "mktemp",
+    "sed",
+    "seq",
+    "sh",
+    "sleep",
+    "tail",
+    "timeout",
+    "touch",
+)
 
-# `docker run` behaves like a server that starts and ends; DOCKER_LOG is what it prints.
+# `docker run` behaves like a server that starts and ends, with HOLD only when it is stopped; DOCKER_LOG is what it
+# prints. `docker stop` finds out whether the requests were drained before it.
 DOCKER = """
 case $1 in
   info) exit "${DOCKER_INFO:-0}" ;;
   image) [ "$3" = "$IMAGE_HERE" ] ;;
-  run) printf '%s\\n' "$@" >"$CALLS"; printf '%b\\n' "$DOCKER_LOG"; sleep 1.2; exit 1 ;;
+  run) printf '%s\\n' "$@" >"$CALLS"; printf '%b\\n' "$DOCKER_LOG"; sleep 1.2
+    while [ -n "${HOLD-}" ] && [ ! -e "$CALLS.stopped" ]; do sleep 0.1; done; exit 1 ;;
+  exec) [ "$2" = tritonmind ] && shift 2 && TRITONMIND_DRAIN_FILE=$CALLS.drain "$@" ;;
+  stop)
+    if [ -e "$CALLS.drain" ]; then set -- drained "$@"; fi
+    printf '%s ' "$@" >"$CALLS.stopped" ;;
 esac
 """
 
@@ -62,8 +83,8 @@ def workspace(tmp_path: Path) -> Path:
 def run(bin_dir: Path, workspace: Path, tmp_path: Path) -> Run:
     """Run the workspace's copy of the script with only `bin_dir` on PATH."""
 
-    def call(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [str(bin_dir / "bash"), str(workspace / SCRIPT.name), *arguments]
+    def call(*arguments: str, script: Path = workspace / SCRIPT.name, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(bin_dir / "bash"), str(script), *arguments]
         variables = {"PATH": str(bin_dir), "CALLS": str(tmp_path / "calls"), "HOME": str(tmp_path), **env}
         return subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
@@ -110,6 +131,12 @@ def test_help_names_every_option(run: Run) -> None:
         (["--docker", "--embedded"], "exclude each other"),
         (["one", "two"], "one and two"),
         (["--lib-dir", "absent"], "--lib-dir=absent"),
+        (["--embedded=/x"], "--embedded takes no value, got '/x'"),
+        (["--docker="], "--docker takes no value"),
+        (["--help=serve"], "--help takes no value"),
+        (["--http=web"], "--http=web is no port"),
+        (["--http="], "--http= is no port"),
+        (["--metrics=70000"], "--metrics=70000 is no port"),
     ],
 )
 def test_bad_usage_is_named(run: Run, arguments: list[str], named: str) -> None:
@@ -125,6 +152,33 @@ def test_folder_without_workspace_is_named(run: Run, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "empty is no workspace" in done.stderr
     assert "index.json is missing" in done.stderr
+
+
+def test_checkout_refuses_what_is_no_workspace_before_it_installs(run: Run, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    executable(checkout / "tools" / "setup_venv.sh", RECORD)
+    (checkout / "setup.cfg").touch()
+    shutil.copy(SCRIPT, checkout)
+    done = run("absent", script=checkout / SCRIPT.name)
+    assert done.returncode == 1
+    assert "absent is no workspace" in done.stderr
+    assert not (tmp_path / "calls").exists()
+
+
+def test_stopping_the_container_drains_it_first(bin_dir: Path, workspace: Path, tmp_path: Path) -> None:
+    executable(bin_dir / "docker", DOCKER)
+    env = {"PATH": str(bin_dir), "CALLS": str(tmp_path / "calls"), "HOME": str(tmp_path), "HOLD": "1"}
+    env |= {"IMAGE_HERE": IMAGE, "DOCKER_LOG": "Started GRPCInferenceService at 0.0.0.0:33337"}
+    command = [str(bin_dir / "bash"), str(workspace / SCRIPT.name), "--docker"]
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout
+        while "Ready" not in (line := script.stdout.readline()):
+            assert line, "the script ended before it was ready"
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=10) == 0
+    assert (tmp_path / "calls.stopped").read_text().split() == ["drained", "stop", "-t", "9", "tritonmind"]
+    assert "--exit-timeout-secs=8" in calls(tmp_path)
+    assert "--rm" in calls(tmp_path)
 
 
 def test_serves_its_own_workspace_embedded_without_a_gpu(
