@@ -184,7 +184,7 @@ def test_a_bad_request_does_not_hurt_its_neighbour_in_one_call(served: Served) -
 
 @pytest.mark.parametrize("field", ["text_input", "messages"])
 def test_a_text_that_cannot_fit_is_refused_without_encoding_it(served: Served, field: str) -> None:
-    text = "words " * 8_000_000
+    text = "words " * (8_000_000 if field == "text_input" else 1_000_000)  # JSON and template take their own time
     sent = array_of(text if field == "text_input" else json.dumps([{"role": "user", "content": text}]))
     begin = time.perf_counter()
     error = error_of(served.send(**{field: sent}))
