@@ -104,7 +104,7 @@ def test_cached_prefix_is_reported(client: TritonClient) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"text": ""}, "prompt"),
+    ({"text": ""}, "text_input"),
     ({"text": "word " * 5000}, "session_len is 4096"),
     ({"input_ids": [1, 10**6]}, "input_ids=1000000"),
     ({"text": "a", "options": {"temperature": -1}}, "temperature"),
@@ -115,12 +115,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("request_", "named"), BAD)
-def test_bad_request_then_good_one(client: TritonClient, request_: dict[str, Any], named: str) -> None:
-    with pytest.raises(AnswerError) as caught:
+def test_bad_request_then_good_one(server: EmbeddedServer, request_: dict[str, Any], named: str) -> None:
+    with TritonClient(server.address, error_status=True) as client, pytest.raises(AnswerError) as caught:
         list(client.generate(**request_))
-    assert caught.value.code == "INVALID_ARGUMENT"
+    assert caught.value.status == "INVALID_ARGUMENT"
     assert named in str(caught.value)
-    (delta,) = client.generate(text="good", stream=False, options={**GREEDY, "max_tokens": 2})
+    (delta,) = answer(server.address, text="good", stream=False, options={**GREEDY, "max_tokens": 2})
     assert delta.num_tokens == 2
 
 
@@ -219,8 +219,7 @@ def test_killed_engine_and_stop_under_load(workspace: Path) -> None:
             kill_engine(server)
             killed = time.monotonic()
             for error in errors:
-                assert error.result(timeout=10).code == "UNAVAILABLE"
-                assert "signal 9" in str(error.result())
+                assert "signal 9" in str(error.result(timeout=10))
             assert time.monotonic() - killed < 2
 
             deadline = time.monotonic() + 60
@@ -229,7 +228,7 @@ def test_killed_engine_and_stop_under_load(workspace: Path) -> None:
                     (delta,) = answer(server.address, text="again", stream=False, options={**GREEDY, "max_tokens": 3})
                     break
                 except AnswerError as refusal:
-                    assert refusal.code == "UNAVAILABLE"
+                    assert "engine is down" in str(refusal)
                     assert time.monotonic() < deadline, "the engine did not come back"
                     time.sleep(0.2)
             assert delta.num_tokens == 3
@@ -240,8 +239,7 @@ def test_killed_engine_and_stop_under_load(workspace: Path) -> None:
             server.stop()
             assert time.monotonic() - begin < 8.5, "the server had to be killed"
             for error in errors:
-                assert error.result(timeout=10).code == "UNAVAILABLE"
-                assert "being unloaded" in str(error.result())
+                assert "being unloaded" in str(error.result(timeout=10))
         deadline = time.monotonic() + 5
         while session_processes(session) and time.monotonic() < deadline:
             time.sleep(0.05)
