@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,7 +16,6 @@ COPY_ROUNDS = 8
 def describe() -> dict[str, str]:
     """Versions and machine, for the head of a report."""
     import torch
-    import transformers
 
     import tritonmind
 
@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name: _version(name) for name in ("triton", "transformers")},
     }
 
 
@@ -52,6 +52,14 @@ def copy_bandwidth(num_threads: int) -> float:
     if device == "cuda":
         torch.cuda.empty_cache()
     return 2 * size / best
+
+
+def _version(package: str) -> str:
+    """Of an installed package; bench runs without either of those it asks for."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_name() -> str:
