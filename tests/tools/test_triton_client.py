@@ -87,7 +87,7 @@ def test_failed_answer_is_not_history_and_shows_in_the_exit_code(capsys: pytest.
     assert client.seen[1] == [{"role": "user", "content": "two"}]
     captured = capsys.readouterr()
     assert captured.out == "fine\n"
-    assert "top_p=2.0 is invalid (INVALID_ARGUMENT)" in captured.err
+    assert "error: top_p=2.0 is invalid\n" in captured.err
 
 
 def test_interrupted_answer_stays_as_far_as_it_came(capsys: pytest.CaptureFixture[str]) -> None:
