@@ -61,10 +61,38 @@ def test_a_count_is_taken_as_it_is() -> None:
 
 
 def test_too_little_memory_says_what_is_needed() -> None:
-    with pytest.raises(ConfigError, match=r"session_len=131072 tokens needs 2048 \(8.00 GiB; 6.00 GiB free\)"):
+    needs = r"session_len=131072 tokens needs 2048 \(8\.00 GiB; 6\.00 GiB free, 1\.00 GiB of it for activations"
+    with pytest.raises(ConfigError, match=needs + r".*\): lower session_len, max_batch_size"):
         plan(6 * GIB, session_len=131072)
     with pytest.raises(ConfigError, match=r"cache_max_entry_count=1000 blocks need 3\.91 GiB, but 1\.00 GiB are free"):
         plan(2 * GIB, entries=1000)
+
+
+def test_too_small_a_share_of_enough_memory_says_what_to_ask_for() -> None:
+    message = "gives 20 KV blocks .* needs 64 .*raise cache_max_entry_count, to 64 blocks"
+    with pytest.raises(ConfigError, match=message):
+        plan(2 * GIB, entries=20)
+    assert plan(2 * GIB, entries=64).num_blocks == 64
+
+
+def test_graphs_are_taken_from_the_cache_and_the_plan_adds_up() -> None:
+    config = EngineConfig(
+        model=MODEL, cache=CacheConfig(cache_max_entry_count=0.5), scheduler=SchedulerConfig(max_model_len=4096)
+    )
+    planned = plan_memory(
+        config,
+        dtype=torch.float32,
+        free_bytes=12 * GIB,
+        reserved_bytes=GIB,
+        is_cpu=False,
+        weights_bytes=7 * GIB,
+        graphs_bytes=3 * GIB,
+    )
+    assert planned.num_blocks == 4 * GIB // BLOCK_BYTES
+    assert planned.describe() == (
+        "weights 7.00 GiB, activations 1.00 GiB, graphs 3.00 GiB, "
+        "KV cache 4.00 GiB = 1024 blocks of 64 tokens (65536 tokens), 4.00 GiB stay free"
+    )
 
 
 @pytest.mark.parametrize("policy", [QuantPolicy.KV_INT8, QuantPolicy.KV_INT8_CALIBRATED])

@@ -28,14 +28,24 @@ class MemoryPlan(NamedTuple):
     block_bytes: int
     num_blocks: int
     block_size: int
+    weights_bytes: int = 0  # already allocated, so no part of free_bytes; 0 when not told
+    graphs_bytes: int = 0  # kept for captured graphs
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
 
     def describe(self) -> str:
-        gib = 1 << 30
-        return (
-            f"{self.free_bytes / gib:.2f} GiB free beside the weights, {self.reserved_bytes / gib:.2f} GiB kept for "
-            f"activations, KV cache {self.num_blocks * self.block_bytes / gib:.2f} GiB = {self.num_blocks} blocks of "
-            f"{self.block_size} tokens ({self.num_blocks * self.block_size} tokens)"
-        )
+        left = self.free_bytes - self.reserved_bytes - self.graphs_bytes - self.cache_bytes
+        parts = [
+            f"weights {_gib(self.weights_bytes)}" if self.weights_bytes else "",
+            f"activations {_gib(self.reserved_bytes)}",
+            f"graphs {_gib(self.graphs_bytes)}" if self.graphs_bytes else "",
+            f"KV cache {_gib(self.cache_bytes)} = {self.num_blocks} blocks of {self.block_size} tokens "
+            f"({self.num_blocks * self.block_size} tokens)",
+            f"{_gib(left)} stay free",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:
@@ -47,12 +57,22 @@ def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: in
 
 
 def plan_memory(
-    config: EngineConfig, *, dtype: torch.dtype, free_bytes: int, reserved_bytes: int, is_cpu: bool
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype,
+    free_bytes: int,
+    reserved_bytes: int,
+    is_cpu: bool,
+    weights_bytes: int = 0,
+    graphs_bytes: int = 0,
 ) -> MemoryPlan:
-    """Number of blocks for `cache_max_entry_count`. ConfigError if not even one session of `session_len` fits."""
+    """Number of blocks for `cache_max_entry_count`. ConfigError if not even one session of `session_len` fits.
+
+    free_bytes is what the loaded weights left; activations (reserved_bytes) and graphs come out of it first.
+    """
     size = block_bytes(config.model, config.cache, config.tensor_parallel_size, dtype)
     wanted = config.cache.cache_max_entry_count
-    usable = max(0, free_bytes - reserved_bytes)
+    usable = max(0, free_bytes - reserved_bytes - graphs_bytes)
     needed = -(-config.scheduler.max_model_len // config.cache.block_size)
     if wanted < 1:
         num_blocks = int(usable * wanted) // size
@@ -62,17 +82,30 @@ def plan_memory(
         num_blocks = int(wanted)
         if num_blocks * size > usable:
             raise ConfigError(
-                f"cache_max_entry_count={num_blocks} blocks need {num_blocks * size / 2**30:.2f} GiB, "
-                f"but {usable / 2**30:.2f} GiB are free; at most {usable // size} blocks fit"
+                f"cache_max_entry_count={num_blocks} blocks need {_gib(num_blocks * size)}, "
+                f"but {_gib(usable)} are free beside {_gib(reserved_bytes + graphs_bytes)} for activations and graphs; "
+                f"at most {usable // size} blocks fit"
             )
     if num_blocks < needed:
         raise ConfigError(
             f"cache_max_entry_count={wanted} gives {num_blocks} KV blocks of {config.cache.block_size} tokens, but one "
-            f"session of session_len={config.scheduler.max_model_len} tokens needs {needed} "
-            f"({needed * size / 2**30:.2f} GiB; {free_bytes / 2**30:.2f} GiB free): "
-            f"lower session_len, raise cache_max_entry_count, or free memory"
+            f"session of session_len={config.scheduler.max_model_len} tokens needs {needed} ({_gib(needed * size)}; "
+            f"{_gib(free_bytes)} free, {_gib(reserved_bytes + graphs_bytes)} of it for activations and graphs): "
+            + _remedy(needed if needed * size <= usable else None)
         )
-    return MemoryPlan(free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size)
+    return MemoryPlan(
+        free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size, weights_bytes, graphs_bytes
+    )
+
+
+def _remedy(num_blocks: int | None) -> str:
+    if num_blocks is not None:
+        return f"raise cache_max_entry_count, to {num_blocks} blocks for instance, or lower session_len"
+    return "lower session_len, max_batch_size or max_context_token_num, or free memory"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def allocate(config: EngineConfig, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:

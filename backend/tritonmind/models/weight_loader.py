@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,6 +13,9 @@ from tritonmind.config import ModelConfig
 from tritonmind.layers.linear import Linear
 from tritonmind.models.llama import LlamaForCausalLM
 from tritonmind.models.registry import model_class
+from tritonmind.models.weight_stream import WeightStream
+
+logger = logging.getLogger(__name__)
 
 _LAYER_TENSOR = re.compile(r"layers\.(\d+)\.(.+)")
 # Tensor name within a layer, rank taken out, to the module and, where several tensors share one, the part of it.
@@ -37,19 +42,25 @@ def load_model(
 
     The workspace has checked names, shapes and types against its layout; what is left over or missing here is our bug.
     """
+    started = time.monotonic()
     model = model_class(config.architecture)(config, max_model_len=max_model_len, dtype=dtype, device=device)
     unfilled = set(_parts(model))
-    for name, tensor in tensors:
-        target, part = _target(model, name)
-        key = (target.data_ptr(), part)
-        assert key in unfilled, f"{name} has no place in {config.architecture}, or came twice"
-        unfilled.remove(key)
-        _part(target, part).copy_(tensor)
+    with WeightStream(device) as stream:
+        for name, tensor in tensors:
+            target, part = _target(model, name)
+            key = (target.data_ptr(), part)
+            assert key in unfilled, f"{name} has no place in {config.architecture}, or came twice"
+            unfilled.remove(key)
+            stream.copy(_part(target, part), tensor)
     if config.tie_word_embeddings:
         unfilled.remove((_weight(model.output).data_ptr(), None))
         model.output.weight = model.tok_embeddings
     assert not unfilled, f"{len(unfilled)} tensors of {config.architecture} were not in the workspace"
     model.finalize()
+    seconds = time.monotonic() - started
+    logger.info(
+        "weights: %.2f GB in %.1f s (%.2f GB/s)", stream.num_bytes / 1e9, seconds, stream.num_bytes / 1e9 / seconds
+    )
     return model.eval()
 
 
