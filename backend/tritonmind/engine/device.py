@@ -71,10 +71,9 @@ def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody has taken yet, in bytes."""
+    """Memory of the device that nobody has taken yet. What PyTorch's allocator keeps for reuse counts as taken."""
     if device.type == "cpu":
         return available_bytes()
-    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 

@@ -36,16 +36,15 @@ class MemoryPlan(NamedTuple):
         return self.num_blocks * self.block_bytes
 
     def describe(self) -> str:
+        """One line with every part, and what is left for others."""
         left = self.free_bytes - self.reserved_bytes - self.graphs_bytes - self.cache_bytes
-        parts = [
-            f"weights {_gib(self.weights_bytes)}" if self.weights_bytes else "",
-            f"activations {_gib(self.reserved_bytes)}",
-            f"graphs {_gib(self.graphs_bytes)}" if self.graphs_bytes else "",
+        taken = {"weights": self.weights_bytes, "activations": self.reserved_bytes, "graphs": self.graphs_bytes}
+        parts = [f"{name} {_gib(num_bytes)}" for name, num_bytes in taken.items() if num_bytes]
+        parts.append(
             f"KV cache {_gib(self.cache_bytes)} = {self.num_blocks} blocks of {self.block_size} tokens "
-            f"({self.num_blocks * self.block_size} tokens)",
-            f"{_gib(left)} stay free",
-        ]
-        return ", ".join(part for part in parts if part)
+            f"({self.num_blocks * self.block_size} tokens)"
+        )
+        return ", ".join([*parts, f"{_gib(left)} stay free"])
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:
@@ -108,11 +107,11 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def allocate(config: EngineConfig, plan: MemoryPlan, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+def allocate(config: EngineConfig, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
     """Zero-filled pools, one per layer: a stale NaN in an unused slot would survive masking as 0 * NaN."""
     model = config.model
     num_kv_heads = model.num_kv_heads // config.tensor_parallel_size
-    shape = (plan.num_blocks, num_kv_heads, config.cache.block_size, model.head_dim)
+    shape = (num_blocks, num_kv_heads, config.cache.block_size, model.head_dim)
     return [
         KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
         for _ in range(model.num_layers)
