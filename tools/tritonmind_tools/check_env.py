@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +30,11 @@ MIN_SHARED_MEMORY_MIB = 64
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. "missing" means that serving is impossible; "note" that something is limited."""
+    """One line of the report.
+
+    "missing" means that serving is impossible (for a GPU: unless device='cpu' is asked for), "note" that something is
+    limited.
+    """
 
     level: Level
     topic: str
@@ -51,7 +54,6 @@ def findings() -> Iterator[Finding]:
     yield _attempt("libpython", lambda: str(find_libpython()))
     yield _attempt("server", lambda: f"{find_server().executable}, nvidia-pytriton {_version('nvidia-pytriton')}")
     yield from _gpu()
-    yield _compiler()
     yield _memory()
     yield _shared_memory()
     for name, port in (("gRPC", DEFAULT_GRPC_PORT), ("HTTP", DEFAULT_HTTP_PORT), ("metrics", DEFAULT_METRICS_PORT)):
@@ -81,33 +83,66 @@ def _attempt(topic: str, describe: Callable[[], str], check: Callable[[], None] 
 
 
 def _gpu() -> Iterator[Finding]:
+    """Cards, and whether the engine could use the one that it would take. Loads torch and runs a first kernel."""
     cpus = len(os.sched_getaffinity(0))
     yield Finding("ok", "CPU", f"{cpus} cores, {platform.machine()}")
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        yield Finding("note", "GPU", "none answers to nvidia-smi: models run on the CPU")
-        return
+        answer = ""
     for line in answer.strip().splitlines():
         yield Finding("ok", "GPU", f"{line} (name, memory, driver)")
     try:
         import torch
+
+        from tritonmind.engine import device
     except ImportError:
         return
-    if not torch.cuda.is_available():
-        yield Finding(
-            "note", "GPU", f"PyTorch {torch.__version__} cannot use it: install a CUDA build that this driver supports"
-        )
+    if not device.card_present():
+        yield Finding("note", "GPU", "no NVIDIA card: models run on the CPU")
+    elif torch.version.cuda is None:
+        yield Finding("note", "GPU", f"{device.cuda_problem()}; until then models run on the CPU")
+    else:
+        yield from _usable_gpu()
+    yield _compiler(device.find_compiler())
 
 
-def _compiler() -> Finding:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found:
-            return Finding("ok", "C compiler", found)
+def _usable_gpu() -> Iterator[Finding]:
+    import torch
+
+    from tritonmind.engine.device import check_device, check_triton_cache, cuda_problem, resolve_device
+
+    try:
+        chosen = resolve_device("auto")
+        if chosen.type == "cpu":
+            yield Finding("note", "GPU", f"{cuda_problem()}; until then models run on the CPU")
+            return
+        check_device(chosen)
+        cache = check_triton_cache()
+    except TritonmindError as error:
+        yield Finding("missing", "GPU", str(error))
+        return
+    free, total = torch.cuda.mem_get_info(chosen)
+    major, minor = torch.cuda.get_device_capability(chosen)
+    yield Finding(
+        "ok",
+        "GPU in use",
+        f"{torch.cuda.get_device_name(chosen)}, compute capability {major}.{minor}, {free / 2**30:.1f} GiB free of "
+        f"{total / 2**30:.1f}; a first kernel ran",
+    )
+    yield Finding("ok", "Triton cache", str(cache))
+
+
+def _compiler(found: str | None) -> Finding:
+    if found is not None:
+        return Finding("ok", "C compiler", found)
+    chosen = os.environ.get("CC")
+    problem = "none" if chosen is None else f"CC={chosen!r} is no program that can be run"
     return Finding(
-        "note", "C compiler", "none: kernels in Triton need one on a GPU (Debian, Ubuntu: apt-get install gcc)"
+        "note",
+        "C compiler",
+        f"{problem}: Triton needs one on a GPU (apt-get install gcc, or set CC to the path of one)",
     )
 
 
