@@ -6,17 +6,22 @@ serving path is cpu.py, which is faster and tested against this page.
 
 import torch
 
+from tritonmind.kernels.logprobs import TokenLogprobs
 from tritonmind.kernels.philox import gumbel_noise, philox_uniform
+from tritonmind.kernels.sampling_state import MIN_TEMPERATURE, PROMPT_FLAG, SamplingState
 
 __all__ = [
     "add_rms_norm",
+    "gather_rows",
     "gumbel_noise",
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",
     "rms_norm",
     "rotary_kv_write",
+    "sample_tokens",
     "silu_mul",
+    "token_logprobs",
 ]
 
 
@@ -134,3 +139,77 @@ def paged_prefill_attention(
             v = gather_pages(v_cache, block_tables[row], context_len)
             out[start:end] = attend(q[start:end], k, v, softmax_scale).to(q.dtype)
     return out
+
+
+def gather_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of table [N, H] by number. Returns [T, H]."""
+    return table[rows.long()]
+
+
+def penalised_scores(logits: torch.Tensor, slot: int, state: SamplingState) -> torch.Tensor:
+    """One row's logits [V] after repetition, frequency and presence penalty, fp32; a NaN counts as -inf."""
+    scores, counts = logits.float(), state.token_counts[slot]
+    generated = counts % PROMPT_FLAG
+    repetition = state.repetition_penalty[slot]
+    scores = torch.where(counts == 0, scores, torch.where(scores > 0, scores / repetition, scores * repetition))
+    scores = scores - state.frequency_penalty[slot] * generated
+    scores = scores - state.presence_penalty[slot] * (generated > 0)
+    return scores.masked_fill(scores.isnan(), float("-inf")).clamp(-3.4028234663852886e38, 3.4028234663852886e38)
+
+
+def kept_tokens(scores: torch.Tensor, slot: int, state: SamplingState) -> torch.Tensor:
+    """Which of one row's scores [V] top-k, top-p and min-p leave: [V] bool. Masses are fp64."""
+    temperature = max(state.temperature[slot].item(), MIN_TEMPERATURE)
+    top_k = state.top_k[slot].item() or len(scores)
+    weights = ((scores.double() - scores.max()) / temperature).exp()
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for value in scores.unique():  # ascending; equal scores share their fate
+        kept |= (scores == value) & ((scores > value).sum() < top_k)
+    total = weights[kept].sum()
+    if state.top_p[slot] < 1:
+        for value in scores[kept].unique():
+            likelier = weights[scores > value].sum() / total
+            if likelier >= state.top_p[slot] and value < scores.max():
+                kept &= scores != value
+    return kept & (weights >= state.min_p[slot].double())
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    state: SamplingState,
+    *,
+    greedy: bool = False,
+    last_token_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What sampling.py says, a row after the other. Returns token ids [R] int64; padding rows are 0.
+
+    greedy promises that no row of the batch has a temperature or a penalty; here it changes nothing.
+    """
+    token_ids = torch.zeros(len(slots), dtype=torch.int64)
+    for row, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        scores = penalised_scores(logits[row], slot, state)
+        temperature = state.temperature[slot]
+        if temperature > 0:
+            kept = kept_tokens(scores, slot, state)
+            noise = gumbel_noise(state.seed[slot].view(1), positions[row].long().view(1), len(scores))[0]
+            scores = (scores / temperature.clamp(min=MIN_TEMPERATURE) + noise).masked_fill(~kept, float("-inf"))
+        token = int((scores == scores.max()).nonzero()[0])
+        token_ids[row] = token
+        if last_token_ids is not None:
+            last_token_ids[slot] = token
+        penalties = (state.repetition_penalty[slot] - 1, state.presence_penalty[slot], state.frequency_penalty[slot])
+        if any(penalties):
+            state.token_counts[slot, token] += 1
+    return token_ids
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: int = 0) -> TokenLogprobs:
+    """Log softmax of the raw logits [R, V]: at token_ids [R], and the num_top largest of each row."""
+    logprobs = logits.float().log_softmax(dim=1)
+    top = logprobs.sort(dim=1, descending=True)
+    chosen = logprobs[torch.arange(len(token_ids)), token_ids]
+    return TokenLogprobs(chosen, top.indices[:, :num_top], top.values[:, :num_top])
