@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -214,6 +215,21 @@ def test_other_failures_of_the_first_kernel() -> None:
     assert "set TRITON_CACHE_DIR to a place not mounted noexec" in device.explain_triton_failure(noexec)
     text = device.explain_triton_failure(RuntimeError("0 active drivers ([]).\nThere should only be one."))
     assert "failed on the card (RuntimeError: 0 active drivers ([]).)" in text
+
+
+def test_the_type_to_compute_in() -> None:
+    def config(weight_type: Any, dtype: Any) -> EngineConfig:
+        model = dataclasses.replace(MODEL, weight_type=weight_type)
+        return dataclasses.replace(CONFIG, model=model, dtype=dtype)
+
+    assert device.resolve_dtype(config("bf16", "auto"), CUDA) == torch.bfloat16
+    assert device.resolve_dtype(config("bf16", "auto"), CPU) == torch.float32
+    assert device.resolve_dtype(config("bf16", "fp16"), CUDA) == torch.float16
+    assert device.resolve_dtype(config("fp16", "bf16"), CPU) == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16"):
+        device.resolve_dtype(config("fp16", "fp16"), CPU)
+    with pytest.raises(ConfigError, match=r"weight_type=int4: .*convert a 16-bit checkpoint"):
+        device.resolve_dtype(config("int4", "auto"), CUDA)
 
 
 def test_weights_are_counted_in_the_type_served() -> None:

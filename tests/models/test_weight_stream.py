@@ -77,11 +77,11 @@ def test_every_bit_reaches_the_card(buffer_bytes: int, stored: torch.dtype, serv
 
 
 @pytest.mark.gpu
-def test_earlier_work_on_the_target_comes_first() -> None:
-    """A target that the current stream is still writing is overwritten afterwards, not before."""
+def test_copies_that_lag_behind() -> None:
+    """The card is busy while the host goes around the ring: neither a buffer nor the target is written too early."""
     source = torch.randn(1 << 20)
     target = torch.empty(1 << 20, device="cuda")
-    with WeightStream(torch.device("cuda")) as stream:
+    with WeightStream(torch.device("cuda"), buffer_bytes=source.nbytes // 16) as stream:
         torch.cuda._sleep(200_000_000)  # a tenth of a second
         target.fill_(7.0)
         stream.copy(target, source)
