@@ -186,7 +186,7 @@ def explain_triton_failure(error: BaseException) -> str:
     if isinstance(error, ImportError) and "failed to map segment" in str(error):
         return f"Triton cannot load what it compiled ({shown}): set TRITON_CACHE_DIR to a place not mounted noexec"
     if not isinstance(error, (subprocess.CalledProcessError, OSError)) and "C compiler" not in str(error):
-        return f"a first Triton kernel failed on the card ({shown}): see the driver and `pip show triton torch`"
+        return f"a first Triton kernel failed on the card ({shown}): see whether `pip show torch triton` fit each other"
     if find_compiler() is None:
         found = "there is none" if chosen is None else f"CC={chosen!r} is no program that can be run"
         return f"Triton needs a C compiler, and {found}: apt-get install gcc, or set CC to the path of one"
