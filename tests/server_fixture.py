@@ -67,5 +67,6 @@ def assert_accounts(log_path: Path, num_requests: int | None = None) -> None:
     num_running, num_waiting, free, cached, used, total = map(int, blocks.groups())
     assert (num_running, num_waiting, used) == (0, 0, 0)
     assert free + cached == total
+    assert "kernels compiled while serving: 0;" in log
     for crash in ("Signal (6)", "Signal (11)", "Segmentation fault", "Fatal Python error"):
         assert crash not in log

@@ -39,6 +39,15 @@ def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **c
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
         ("seed", -1),
         ("seed", MAX_SEED + 1),
         ("stop", ("",)),
@@ -55,15 +64,19 @@ def test_value_out_of_range_is_named(name: str, value: Any) -> None:
 
 def test_left_out_options_are_the_neutral_ones() -> None:
     request = resolved(SamplingParams())
-    assert (request.temperature, request.top_k, request.top_p) == (1.0, 0, 1.0)
+    assert (request.temperature, request.top_k, request.top_p, request.min_p) == (1.0, 0, 1.0, 0.0)
+    assert (request.repetition_penalty, request.presence_penalty, request.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert not request.has_penalty
     assert request.max_tokens == 7
     assert request.stop_token_ids == [2, 9]
     assert request.request_id == 7
 
 
 def test_the_request_wins_over_the_checkpoint_over_neutral() -> None:
-    defaults = GenerationDefaults(temperature=0.6, top_k=40)
-    request = resolved(SamplingParams(temperature=0.0, seed=5), defaults)
+    defaults = GenerationDefaults(temperature=0.6, top_k=40, min_p=0.1, repetition_penalty=1.2)
+    request = resolved(SamplingParams(temperature=0.0, seed=5, repetition_penalty=1.5, presence_penalty=1.0), defaults)
+    assert (request.min_p, request.repetition_penalty, request.presence_penalty) == (0.1, 1.5, 1.0)
+    assert request.has_penalty
     assert (request.temperature, request.top_k, request.top_p, request.seed) == (0.0, 40, 1.0, 5)
 
 

@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request as the engine sees it: everything resolved, no text, no optional values.
+    """A request as the engine sees it: everything resolved, no text. What has a default has its neutral value there.
 
     request_id is unique among live requests (the client numbers them; it is not the user's id).
     """
@@ -23,6 +23,15 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     top_p: float
     seed: int
     stop_token_ids: list[int]  # the model's eos ids unless ignore_eos, and the request's own
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether drawing a token needs to know which ones came before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -58,7 +67,10 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine. Blocks: num_free + num_cached + num_used == num_blocks (cached ones are reusable)."""
+    """A snapshot of the engine. Blocks: num_free + num_cached + num_used == num_blocks (cached ones are reusable).
+
+    num_jit_compiles: kernels compiled since the engine was ready, each a stall; a warm-up was incomplete if not 0.
+    """
 
     num_running: int
     num_waiting: int
@@ -72,6 +84,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_generated_tokens: int
     num_preemptions: int
     num_finished: int
+    num_jit_compiles: int
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):

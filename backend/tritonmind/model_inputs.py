@@ -30,5 +30,5 @@ class ModelInputs:
 
     token_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
-    logits_rows: torch.Tensor  # [num_samples] int64, rows of the last token of each sampling sequence
+    logits_rows: torch.Tensor | None  # [num_samples] int32, last token of each sampling sequence; None: every row
     attention: AttentionMetadata

@@ -19,21 +19,29 @@ from tritonmind.messages import EngineRequest
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_SEED = 2**64 - 1
+MAX_OPENAI_PENALTY = 2
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling options of a request.
 
-    max_tokens: tokens to generate, at least 1. temperature: 0 is greedy. top_k: 0 keeps all. top_p: in (0, 1].
-    seed: unsigned 64 bit; the same seed gives the same text whatever else is in the batch. stop: strings that end
-    the answer and are not part of it. stop_token_ids: end the answer like eos does. ignore_eos: go on past eos.
+    max_tokens: tokens to generate, at least 1. temperature: 0 is greedy. top_k: 0 keeps all. top_p: in (0, 1]. min_p:
+    in [0, 1], drops tokens less likely than this share of the likeliest. repetition_penalty: above 0, on tokens of
+    prompt and answer (CTRL, Keskar et al. 2019). presence_penalty, frequency_penalty: -2 to 2, on tokens of the answer,
+    once and each time (OpenAI's API). seed: unsigned 64 bit; the same seed gives the same text whatever else is in the
+    batch. stop: strings that end the answer and are not part of it. stop_token_ids: end the answer like eos does.
+    ignore_eos: go on past eos.
     """
 
     max_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -50,6 +58,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequestError("top_k", self.top_k, "must be 0 (all tokens) or positive")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidRequestError("top_p", self.top_p, "must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InvalidRequestError("min_p", self.min_p, "must be at least 0 (keep all) and at most 1")
+        if self.repetition_penalty is not None and not (
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
+        ):
+            raise InvalidRequestError(
+                "repetition_penalty", self.repetition_penalty, "must be a finite number above 0 (1 is neutral)"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= MAX_OPENAI_PENALTY:
+                raise InvalidRequestError(
+                    name, value, f"must be between -{MAX_OPENAI_PENALTY} and {MAX_OPENAI_PENALTY} (0 is neutral)"
+                )
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError("seed", self.seed, "must fit an unsigned 64-bit integer")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -72,13 +94,15 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        SamplingParams(**{name: getattr(self, name) for name in self.__struct_fields__})
 
     @classmethod
     def from_dir(cls, tokenizer_dir: str | Path) -> GenerationDefaults:
-        """From the checkpoint's generation_config.json, of which only these three fields are read.
+        """From the checkpoint's generation_config.json, of which only these fields are read.
 
         The file is optional, and so is each field. Raises ConfigError naming the file and the field.
         """
@@ -133,6 +157,12 @@ def resolve(
         temperature=defaults.temperature if params.temperature is None else params.temperature,
         top_k=min(defaults.top_k if params.top_k is None else params.top_k, vocab_size),
         top_p=defaults.top_p if params.top_p is None else params.top_p,
+        min_p=defaults.min_p if params.min_p is None else params.min_p,
+        repetition_penalty=(
+            defaults.repetition_penalty if params.repetition_penalty is None else params.repetition_penalty
+        ),
+        presence_penalty=params.presence_penalty or 0.0,
+        frequency_penalty=params.frequency_penalty or 0.0,
         seed=secrets.randbits(64) if params.seed is None else params.seed,
         stop_token_ids=sorted(stop_token_ids),
     )

@@ -359,11 +359,13 @@ class RequestServer:
             log.error("the engine's state is unknown or wrong: %r", error)
             return
         log.info(
-            "engine: %d running, %d waiting; blocks: %d free, %d cached, %d used of %d; integrity checked",
+            "engine: %d running, %d waiting; blocks: %d free, %d cached, %d used of %d; "
+            "kernels compiled while serving: %d; integrity checked",
             stats.num_running,
             stats.num_waiting,
             stats.num_free_blocks,
             stats.num_cached_blocks,
             stats.num_used_blocks,
             stats.num_blocks,
+            stats.num_jit_compiles,
         )

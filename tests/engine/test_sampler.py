@@ -1,109 +1,146 @@
-"""Sampling on fixed logits: the exact distribution, the filters, and seeds that know nothing of their batch."""
+"""The sampler's state: every option of a request reaches the draw, in its slot; penalties know prompt and answer."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tritonmind.engine.sampler import SamplingRow, keep_top_k, keep_top_p, sample
+from tritonmind.engine.sampler import Sampler, is_plain_greedy
+from tritonmind.engine.staging import StepStaging
+from tritonmind.kernels import SamplingState, reference
 from tritonmind.messages import EngineRequest
+from tritonmind.sequence import Sequence
 
-# Upper 0.1 % points of chi-square, by degrees of freedom.
-CHI_SQUARE_999 = {2: 13.82, 4: 18.47, 5: 20.52, 9: 27.88}
-NUM_DRAWS = 20_000
+VOCAB = 50
+NUM_SLOTS = 6
+CPU = torch.device("cpu")
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+OPTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"top_k": 2},
+    {"top_p": 0.2},
+    {"min_p": 0.7},
+    {"repetition_penalty": 5.0, "temperature": 0.0},
+    {"presence_penalty": 2.0, "temperature": 0.0},
+    {"frequency_penalty": 2.0, "temperature": 0.0},
+]
 
 
-def row(
-    *, position: int = 0, seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> SamplingRow:
-    return SamplingRow(
-        EngineRequest(
-            request_id=0,
-            prompt_token_ids=[1],
-            max_tokens=1,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_token_ids=[],
-        ),
-        position,
+def sequence(slot: int, prompt: list[int], generated: list[int], *, seed: int = 0, **options: float) -> Sequence:
+    request = EngineRequest(
+        request_id=slot,
+        prompt_token_ids=prompt,
+        max_tokens=10,
+        seed=seed,
+        stop_token_ids=[],
+        **{**NEUTRAL, **options},  # type: ignore[arg-type]
     )
+    seq = Sequence(request)
+    seq.token_ids.extend(generated)
+    seq.slot = slot
+    return seq
 
 
-def test_temperature_zero_is_the_largest_logit() -> None:
-    logits = torch.randn(5, 40)
-    assert sample(logits, [row(temperature=0.0)] * 5).tolist() == logits.argmax(-1).tolist()
+class Harness:
+    """A sampler and the staging that carries its options."""
+
+    def __init__(self) -> None:
+        self.staging = StepStaging(max_num_seqs=NUM_SLOTS, max_num_tokens=8, max_table_writes=8, device=CPU)
+        self.sampler = Sampler(self.staging.device_head, vocab_size=VOCAB, max_num_seqs=NUM_SLOTS)
+
+    def draw(self, logits: torch.Tensor, slots: list[int], positions: list[int], *, greedy: bool = False) -> list[int]:
+        head = self.staging.begin()
+        head.sample_slots[: len(slots)] = slots
+        head.sample_positions[: len(slots)] = positions
+        self.sampler.stage(head)
+        self.staging.send(self.staging.plan_tail(1, 0))
+        return self.sampler.sample(logits, greedy=greedy).tolist()
 
 
-def test_greedy_and_random_rows_mix() -> None:
-    logits = torch.zeros(3, 8)
-    logits[:, 5] = 50.0
-    assert sample(logits, [row(temperature=0.0), row(temperature=1.0), row(temperature=0.5)]).tolist() == [5, 5, 5]
+def expected_token(logits: torch.Tensor, seq: Sequence, position: int) -> int:
+    """By the naive twin, from a state of one slot that is written out here."""
+    request = seq.request
+    counts = torch.zeros(1, VOCAB, dtype=torch.int32)
+    for token_id in seq.token_ids[seq.num_prompt_tokens :]:
+        counts[0, token_id] += 1
+    for token_id in request.prompt_token_ids:
+        counts[0, token_id] |= 1 << 30
+    seed = request.seed - (1 << 64) if request.seed >= 1 << 63 else request.seed
+    values = {name: getattr(request, name) for name in NEUTRAL}
+    state = SamplingState(
+        **{name: torch.tensor([value], dtype=torch.float32) for name, value in values.items() if name != "top_k"},
+        top_k=torch.tensor([request.top_k], dtype=torch.int32),
+        seed=torch.tensor([seed]),
+        token_counts=counts,
+    )
+    zero, where = torch.zeros(1, dtype=torch.int32), torch.tensor([position], dtype=torch.int32)
+    return int(reference.sample_tokens(logits.view(1, -1), zero, where, state)[0])
 
 
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({}, 10),
-        ({"temperature": 0.5}, 10),
-        ({"temperature": 1.7}, 10),
-        ({"top_k": 3}, 3),
-        ({"top_p": 0.9}, 6),
-        ({"top_k": 5, "top_p": 0.95, "temperature": 1.3}, 5),
-    ],
-)
-def test_draws_follow_the_exact_distribution(options: dict, kept: int) -> None:
-    torch.manual_seed(0)  # a 0.1 % tail would fail one run in two hundred
-    logits = torch.log(torch.tensor([0.30, 0.20, 0.15, 0.10, 0.08, 0.07, 0.04, 0.03, 0.02, 0.01]))[torch.randperm(10)]
-    scores = logits / options.get("temperature", 1.0)
-    if "top_k" in options:
-        keep_top_k(scores, options["top_k"])
-    if "top_p" in options:
-        keep_top_p(scores, options["top_p"])
-    probabilities = scores.softmax(0)
-    support = probabilities > 0
-    assert support.sum() == kept
-    rows = [row(position=position, seed=1234, **options) for position in range(NUM_DRAWS)]
-    counts = torch.bincount(sample(logits.expand(NUM_DRAWS, -1), rows), minlength=10)
-    assert counts[~support].sum() == 0
-    expected = probabilities[support] * NUM_DRAWS
-    chi_square = float(((counts[support] - expected) ** 2 / expected).sum())
-    assert chi_square < CHI_SQUARE_999[kept - 1]
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("slot", [0, 3, NUM_SLOTS - 1])
+def test_each_option_reaches_the_draw_of_its_slot(options: dict[str, float], slot: int) -> None:
+    harness = Harness()
+    logits = 2 * torch.randn(1, VOCAB)
+    best = int(logits.argmax())
+    tokens = [best, best, int(logits.argmin())]
+    for other in range(NUM_SLOTS):
+        harness.sampler.admit(sequence(other, [1, 2], [3], seed=99))
+    for position in range(10, 40):
+        seq = sequence(slot, [5, *tokens], tokens, seed=2**63 + 7, **options)
+        harness.sampler.admit(seq)
+        assert harness.draw(logits, [slot], [position]) == [expected_token(logits, seq, position)]
 
 
-def test_keep_top_k_keeps_ties_with_the_last() -> None:
-    scores = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0])
-    keep_top_k(scores, 2)
-    assert torch.isfinite(scores).tolist() == [False, True, True, True, False]
+def test_rows_find_their_slots_in_any_order() -> None:
+    harness = Harness()
+    seqs = [sequence(slot, [slot], [], seed=1000 + slot, **OPTIONS[slot]) for slot in range(NUM_SLOTS)]
+    for seq in seqs:
+        harness.sampler.admit(seq)
+    logits = 2 * torch.randn(4, VOCAB)
+    slots, positions = [4, 0, 5, 1], [7, 8, 9, 10]
+    drawn = harness.draw(logits, slots, positions)
+    assert drawn == [expected_token(logits[row], seqs[slot], positions[row]) for row, slot in enumerate(slots)]
+    assert harness.sampler.last_token_ids[slots].tolist() == drawn
+    assert harness.sampler.token_ids[:4].tolist() == drawn
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.999, 4)])
-def test_keep_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: int) -> None:
-    scores = torch.log(torch.tensor([0.125, 0.5, 0.125, 0.25]))
-    keep_top_p(scores, top_p)
-    assert torch.isfinite(scores).sum() == kept and torch.isfinite(scores[1])
+def test_a_penalty_counts_what_was_drawn() -> None:
+    """With a strong presence penalty a greedy draw never repeats, until all tokens have come."""
+    harness = Harness()
+    harness.sampler.admit(sequence(2, [1], [], temperature=0.0, presence_penalty=2.0))
+    logits = torch.linspace(0, 1, VOCAB).view(1, -1)[:, torch.randperm(VOCAB)]
+    drawn = [harness.draw(logits, [2], [n])[0] for n in range(VOCAB)]
+    assert drawn == logits[0].argsort(descending=True).tolist()
 
 
-def test_a_seed_draws_the_same_alone_and_in_any_batch() -> None:
-    logits = torch.randn(6, 500)
-    rows = [row(position=3 + n, seed=2**63 + n, temperature=0.9, top_k=50, top_p=0.9) for n in range(6)]
-    together = sample(logits, rows).tolist()
-    assert together == [sample(logits[n : n + 1], [rows[n]]).item() for n in range(6)]
-    order = [4, 0, 5, 2, 1, 3]
-    assert sample(logits[order], [rows[n] for n in order]).tolist() == [together[n] for n in order]
+def test_a_slot_forgets_who_had_it_before() -> None:
+    harness = Harness()
+    logits = torch.randn(1, VOCAB)
+    options = {"temperature": 0.0, "repetition_penalty": 50.0}
+    harness.sampler.admit(sequence(1, list(range(VOCAB)), [7] * 3, **options))
+    harness.draw(logits, [1], [5])
+    seq = sequence(1, [4], [], **options)
+    harness.sampler.admit(seq)
+    assert harness.draw(logits, [1], [5]) == [expected_token(logits, seq, 5)]
 
 
-def test_position_and_seed_both_change_the_draw() -> None:
-    logits = torch.zeros(1, 5000)
-    base = sample(logits, [row(seed=1, position=1)]).item()
-    assert sample(logits, [row(seed=2, position=1)]).item() != base
-    assert sample(logits, [row(seed=1, position=2)]).item() != base
-    assert sample(logits, [row(seed=1 + 2**32, position=1)]).item() != base, "the high half of a seed counts"
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-39, 1e-300])
-def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    logits = torch.randn(1, 1000)
-    logits[0, 700] = 9.0
-    assert sample(logits, [row(temperature=temperature, top_k=50, top_p=0.9)]).tolist() == [700]
+def test_a_batch_is_greedy_only_if_every_row_is() -> None:
+    harness = Harness()
+    harness.sampler.admit(sequence(0, [1], [], temperature=0.0))
+    harness.sampler.admit(sequence(1, [1], [], temperature=0.5))
+    harness.sampler.admit(sequence(2, [1], [], temperature=0.0, top_p=0.5))
+    assert harness.sampler.all_greedy(np.array([0, 2])) and not harness.sampler.all_greedy(np.array([0, 1]))
+    assert not is_plain_greedy(sequence(0, [1], [], temperature=0.0, frequency_penalty=0.1).request)
+    logits = torch.randn(2, VOCAB)
+    assert harness.draw(logits, [0, 2], [3, 3], greedy=True) == logits.argmax(1).tolist()

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from tritonmind.config import EngineConfig, SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
+from tritonmind.engine.device import resolve_device
 from tritonmind.engine.executor import Executor
-from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle, resolve_device
+from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
 from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
 from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from tritonmind.workspace import Workspace
@@ -117,6 +118,7 @@ class EngineCore:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             num_finished=self._num_finished,
+            num_jit_compiles=self.executor.runner.jit_alarm.num_compiles,
         )
 
     def _count(self, outputs: list[TokenOutput]) -> None:

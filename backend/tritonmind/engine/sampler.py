@@ -1,71 +1,117 @@
-"""Draws the next tokens from logits. The order of operations is Transformers': temperature, top-k, top-p, draw.
+"""Draws the next tokens: keeps every running sequence's sampling options by slot, and calls the kernel with them.
 
-A draw is a Gumbel-max (Gumbel 1954; Maddison et al. 2014) whose noise depends on the request's seed, the position and
-the token alone, so a seed gives the same text whatever else is in the batch.
+The options travel to the device with each step's inputs. What a penalty must know of the tokens before is counted on
+the device, so that no draw waits for the host.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import numpy as np
 import torch
 
-from tritonmind.kernels import gumbel_noise
+from tritonmind.engine.staging import DeviceHead, HostHead
+from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
 from tritonmind.messages import EngineRequest
+from tritonmind.sequence import Sequence
 
-INT64_SIGN = 1 << 63
-MIN_TEMPERATURE = 1e-6  # below it only exact ties with the largest logit are left to chance
-
-
-class SamplingRow(NamedTuple):
-    """How one row of logits is sampled. `position` is the index in its sequence of the token to draw."""
-
-    request: EngineRequest
-    position: int
+SEED_MASK = (1 << 64) - 1
 
 
-def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
-    """logits [num_rows, vocab_size] -> token ids [num_rows] int64. temperature 0 takes the largest logit."""
-    assert len(rows) == logits.shape[0]
-    token_ids = logits.argmax(dim=-1)
-    random_rows = [index for index, row in enumerate(rows) if row.request.temperature > 0]
-    if random_rows:
-        index = torch.tensor(random_rows, device=logits.device)
-        token_ids[index] = _draw(logits[index].float(), [rows[i] for i in random_rows])
-    return token_ids
+class Sampler:
+    """Sampling state of `max_num_seqs` slots. Token counts are set up when a sequence with a penalty enters a slot."""
+
+    def __init__(self, head: DeviceHead, *, vocab_size: int, max_num_seqs: int) -> None:
+        device = head.params.device
+        self._vocab_size = vocab_size
+        # Rows in the order of SamplingState; int32 values in the same words as the fp32 ones.
+        self._host_words = np.zeros(head.params.shape, dtype=np.int32)
+        self._host_seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        self._greedy = np.ones(max_num_seqs, dtype=bool)
+        as_float = head.params.view(torch.float32)
+        self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._slots = head.sample_slots
+        self._positions = head.sample_positions
+        self._state = SamplingState(
+            temperature=as_float[0],
+            top_k=head.params[1],
+            top_p=as_float[2],
+            min_p=as_float[3],
+            repetition_penalty=as_float[4],
+            presence_penalty=as_float[5],
+            frequency_penalty=as_float[6],
+            seed=head.seeds,
+            token_counts=torch.zeros((max_num_seqs, vocab_size), dtype=torch.int32, device=device),
+        )
+
+    @property
+    def last_token_ids(self) -> torch.Tensor:
+        """[max_num_seqs] int64: what was drawn last in each slot, on the device."""
+        return self._last_token_ids
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[max_num_seqs] int64: the last draw, by row of its step, on the device."""
+        return self._token_ids
+
+    def admit(self, seq: Sequence) -> None:
+        """Take over the options of a sequence that has just got its slot. All of its tokens must be known."""
+        request, slot = seq.request, seq.slot
+        floats, ints = self._host_words.view(np.float32), self._host_words
+        floats[0, slot] = request.temperature
+        ints[1, slot] = request.top_k
+        floats[2, slot] = request.top_p
+        floats[3, slot] = request.min_p
+        floats[4, slot] = request.repetition_penalty
+        floats[5, slot] = request.presence_penalty
+        floats[6, slot] = request.frequency_penalty
+        self._host_seeds[slot] = _signed(request.seed)
+        self._greedy[slot] = is_plain_greedy(request)
+        if request.has_penalty:
+            self._count_tokens(seq)
+
+    def stage(self, head: HostHead) -> None:
+        """Write the options of all slots into a step's inputs."""
+        head.params[:] = self._host_words
+        head.seeds[:] = self._host_seeds
+
+    def all_greedy(self, slots: np.ndarray) -> bool:
+        """Whether each of these slots takes the largest logit and nothing else."""
+        return bool(self._greedy[slots].all())
+
+    def sample(self, logits: torch.Tensor, *, greedy: bool) -> torch.Tensor:
+        """Draw from logits [R, vocab_size] for the step's first R sampling rows.
+
+        Returns token ids [R] int64, valid until the next call.
+        """
+        num_rows = len(logits)
+        return sample_tokens(
+            logits,
+            self._slots[:num_rows],
+            self._positions[:num_rows],
+            self._state,
+            greedy=greedy,
+            last_token_ids=self._last_token_ids,
+            out=self._token_ids[:num_rows],
+        )
+
+    def _count_tokens(self, seq: Sequence) -> None:
+        """What the penalties know of a sequence: its prompt, and what it had generated before it was preempted."""
+        counts = np.zeros(self._vocab_size, dtype=np.int32)
+        np.add.at(counts, seq.token_ids[seq.num_prompt_tokens :], 1)
+        counts[seq.token_ids[: seq.num_prompt_tokens]] |= PROMPT_FLAG
+        row = torch.from_numpy(counts)
+        if self._token_ids.is_cuda:
+            row = row.pin_memory()
+        self._state.token_counts[seq.slot].copy_(row, non_blocking=True)
 
 
-def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
-    device, vocab_size = logits.device, logits.shape[1]
-    requests = [row.request for row in rows]
-    temperatures = torch.tensor([max(r.temperature, MIN_TEMPERATURE) for r in requests], device=device)
-    # Relative to the largest, so that a tiny temperature drives the others to -inf and nothing to inf.
-    scores = (logits - logits.amax(dim=1, keepdim=True)) / temperatures.unsqueeze(1)
-    for index, request in enumerate(requests):
-        if 0 < request.top_k < vocab_size:
-            keep_top_k(scores[index], request.top_k)
-        if request.top_p < 1:
-            keep_top_p(scores[index], request.top_p)
-    seeds = [r.seed - 2 * INT64_SIGN if r.seed >= INT64_SIGN else r.seed for r in requests]
-    noise = gumbel_noise(
-        torch.tensor(seeds, dtype=torch.int64, device=device),
-        torch.tensor([row.position for row in rows], dtype=torch.int64, device=device),
-        vocab_size,
-    )
-    return (scores + noise).argmax(dim=-1)
+def is_plain_greedy(request: EngineRequest) -> bool:
+    """Whether the request always takes the largest logit as the model computed it."""
+    return request.temperature == 0 and not request.has_penalty
 
 
-def keep_top_k(scores: torch.Tensor, top_k: int) -> None:
-    """Set all but the `top_k` largest of scores [vocab_size] to -inf, in place. Ties with the last one stay."""
-    threshold = scores.topk(top_k).values[-1]
-    scores.masked_fill_(scores < threshold, float("-inf"))
-
-
-def keep_top_p(scores: torch.Tensor, top_p: float) -> None:
-    """Keep the smallest set of scores [vocab_size] with probability `top_p` (Holtzman et al. 2019), in place."""
-    ordered, order = scores.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(dim=0)
-    mass_before = probabilities.cumsum(dim=0) - probabilities
-    dropped = mass_before >= top_p
-    dropped[0] = False  # rounding must not drop the likeliest token
-    scores[order[dropped]] = float("-inf")
+def _signed(seed: int) -> int:
+    """The int64 of an unsigned 64-bit seed's bits."""
+    seed &= SEED_MASK
+    return seed - (1 << 64) if seed >> 63 else seed

@@ -1,18 +1,39 @@
 """The operations of a decoder step: Triton kernels on a GPU, torch on a CPU. They take tensors and numbers only."""
 
 from tritonmind.kernels.activation import silu_mul
-from tritonmind.kernels.attention import paged_decode_attention, paged_prefill_attention
+from tritonmind.kernels.attention import (
+    PREFILL_VARIANTS,
+    decode_variants,
+    paged_decode_attention,
+    paged_prefill_attention,
+)
+from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.logprobs import TokenLogprobs, token_logprobs
 from tritonmind.kernels.norm import add_rms_norm, rms_norm
 from tritonmind.kernels.philox import gumbel_noise, philox_uniform
 from tritonmind.kernels.rotary import rotary_kv_write
+from tritonmind.kernels.sampling import sample_tokens
+from tritonmind.kernels.sampling_state import PROMPT_FLAG, SamplingState
+from tritonmind.kernels.step_inputs import TokenInputs, prepare_tokens, write_block_tables
 
 __all__ = [
+    "PREFILL_VARIANTS",
+    "PROMPT_FLAG",
+    "SamplingState",
+    "TokenInputs",
+    "TokenLogprobs",
     "add_rms_norm",
+    "decode_variants",
+    "gather_rows",
     "gumbel_noise",
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",
+    "prepare_tokens",
     "rms_norm",
     "rotary_kv_write",
+    "sample_tokens",
     "silu_mul",
+    "token_logprobs",
+    "write_block_tables",
 ]

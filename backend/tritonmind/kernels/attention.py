@@ -17,6 +17,24 @@ from tritonmind.kernels.dispatch import (
 
 # Larger heads spill registers in the tiles of triton_attention.py.
 MAX_HEAD_DIM = 128
+# A max_query_len for each variant of the prefill kernel: what a warm-up must run.
+PREFILL_VARIANTS = (16, 64, 128)
+
+
+def decode_variants(max_num_seqs: int, num_kv_heads: int, max_blocks: int, device: torch.device) -> list[int]:
+    """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use on a GPU.
+
+    max_blocks: columns of the block tables. A CPU has one variant.
+    """
+    if device.type == "cpu":
+        return [max_num_seqs]
+    from tritonmind.kernels import triton_attention
+
+    by_splits = {
+        triton_attention.choose_num_splits(size, num_kv_heads, max_blocks, device): size
+        for size in range(1, max_num_seqs + 1)
+    }
+    return sorted(by_splits.values())
 
 
 def _check(

@@ -14,12 +14,22 @@ class Linear(nn.Module):
     bias: torch.Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: torch.Tensor | None = None,
     ) -> None:
+        """weight: one to share with another module instead of one of its own."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype, device=device))
+        if weight is None:
+            weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self._transposed: torch.Tensor | None = None  # [in_features, out_features]
 
@@ -30,11 +40,14 @@ class Linear(nn.Module):
             self._transposed = self.weight.t().contiguous()
             self.weight = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype."""
-        if self._transposed is None:
+    def forward(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given."""
+        weight = self._transposed
+        if weight is None:
             assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
+            if out is None:
+                return F.linear(x, self.weight, self.bias)
+            weight = self.weight.t()
         if self.bias is None:
-            return torch.mm(x, self._transposed)
-        return torch.addmm(self.bias, x, self._transposed)
+            return torch.mm(x, weight, out=out)
+        return torch.addmm(self.bias, x, weight, out=out)

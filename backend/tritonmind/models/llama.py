@@ -6,10 +6,9 @@ from collections.abc import Sequence as SequenceABC
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tritonmind.config import ModelConfig
-from tritonmind.kernels import silu_mul
+from tritonmind.kernels import gather_rows, silu_mul
 from tritonmind.layers.attention import Attention
 from tritonmind.layers.linear import Linear
 from tritonmind.layers.norm import RMSNorm
@@ -63,19 +62,28 @@ class LlamaForCausalLM(nn.Module):
         )
         self.layers = nn.ModuleList(LlamaLayer(config, dtype, device) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, device=device)
-        self.output = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.output = Linear(
+            config.hidden_size,
+            config.vocab_size,
+            bias=False,
+            dtype=dtype,
+            device=device,
+            weight=self.tok_embeddings if config.tie_word_embeddings else None,
+        )
         self.register_buffer("cos_sin", cos_sin_table(config, max_model_len, device), persistent=False)
 
-    def forward(self, inputs: ModelInputs, kv_caches: KVCaches) -> torch.Tensor:
-        """-> logits [num_samples, vocab_size] in the model's dtype. Writes the step's K and V into `kv_caches`."""
-        x = F.embedding(inputs.token_ids, self.tok_embeddings)
+    def forward(self, inputs: ModelInputs, kv_caches: KVCaches, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """-> logits [num_samples, vocab_size], in `out` if given. Writes the step's K and V into `kv_caches`."""
+        x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache)
         assert residual is not None  # a model has at least one layer
         rows = inputs.logits_rows
-        x, _ = self.norm(x.index_select(0, rows), residual.index_select(0, rows))
-        return self.output(x)
+        if rows is not None:
+            x, residual = gather_rows(x, rows), gather_rows(residual, rows)
+        x, _ = self.norm(x, residual)
+        return self.output(x, out=out)
 
     def finalize(self) -> None:
         """Repack weights for the device, once, after all of them were loaded."""

@@ -52,9 +52,6 @@ def load_model(
             assert key in unfilled, f"{name} has no place in {config.architecture}, or came twice"
             unfilled.remove(key)
             stream.copy(_part(target, part), tensor)
-    if config.tie_word_embeddings:
-        unfilled.remove((_weight(model.output).data_ptr(), None))
-        model.output.weight = model.tok_embeddings
     assert not unfilled, f"{len(unfilled)} tensors of {config.architecture} were not in the workspace"
     model.finalize()
     seconds = time.monotonic() - started

@@ -1,0 +1,82 @@
+"""The inputs of a step that only the device knows: last sampled tokens, and cache slots out of the block tables."""
+
+from typing import NamedTuple
+
+import torch
+
+from tritonmind.kernels.dispatch import check_ndim, check_tensor, use_triton
+
+
+class TokenInputs(NamedTuple):
+    """What the model takes for each token of a step."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slot_mapping: torch.Tensor  # [T] int32, -1 writes no K and V
+
+
+def write_block_tables(block_tables: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor) -> None:
+    """block_tables.flatten()[indices] = blocks, in place.
+
+    block_tables: [S, max_blocks] int32, contiguous. indices, blocks: [N] int32, no index twice; they are trusted to be
+    in range on a GPU. Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    device = block_tables.device
+    check_ndim("block_tables", block_tables, 2)
+    check_tensor("block_tables", block_tables, tuple(block_tables.shape), torch.int32, device)
+    check_ndim("indices", indices, 1)
+    check_tensor("indices", indices, tuple(indices.shape), torch.int32, device)
+    check_tensor("blocks", blocks, tuple(indices.shape), torch.int32, device)
+    if not use_triton(block_tables):
+        block_tables.view(-1)[indices.long()] = blocks
+        return
+    from tritonmind.kernels import triton_step_inputs
+
+    triton_step_inputs.write_block_tables(block_tables, indices, blocks)
+
+
+def prepare_tokens(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    last_token_ids: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    block_size: int,
+    out: TokenInputs,
+) -> TokenInputs:
+    """Complete a step's tokens on the device.
+
+    token_ids: [T] int32, -1 stands for the last token sampled in the token's slot. positions: [T] int32, -1 marks
+    padding, which becomes token 0 at position 0 and writes nothing. slots: [T] int32, rows of the next two.
+    last_token_ids: [S] int64. block_tables: [S, max_blocks] int32. out: tensors of [T]. Returns out.
+    Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    device = token_ids.device
+    check_ndim("token_ids", token_ids, 1)
+    shape = tuple(token_ids.shape)
+    for name, tensor, dtype in (
+        ("token_ids", token_ids, torch.int32),
+        ("positions", positions, torch.int32),
+        ("slots", slots, torch.int32),
+        ("out.token_ids", out.token_ids, torch.int64),
+        ("out.positions", out.positions, torch.int64),
+        ("out.slot_mapping", out.slot_mapping, torch.int32),
+    ):
+        check_tensor(name, tensor, shape, dtype, device)
+    check_ndim("block_tables", block_tables, 2)
+    check_tensor("block_tables", block_tables, tuple(block_tables.shape), torch.int32, device)
+    check_tensor("last_token_ids", last_token_ids, (block_tables.shape[0],), torch.int64, device)
+    if use_triton(token_ids):
+        from tritonmind.kernels import triton_step_inputs
+
+        triton_step_inputs.prepare_tokens(token_ids, positions, slots, last_token_ids, block_tables, block_size, *out)
+        return out
+    real = positions >= 0
+    slot = slots.long()
+    position = positions.clamp(min=0).long()
+    out.token_ids.copy_(torch.where(token_ids < 0, last_token_ids[slot], token_ids.long()).where(real, 0))
+    out.positions.copy_(position)
+    blocks = block_tables[slot, position // block_size]
+    out.slot_mapping.copy_((blocks * block_size + position % block_size).where(real, -1))
+    return out

@@ -1,0 +1,202 @@
+"""The runner on a card: graphs against eager steps, rows against batches, no waits, no compiles, no lack of memory."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import make_llama_checkpoint
+from tests.gpu_steps import decode, fill_cache, prefill, sequences
+from tests.tolerances import assert_close
+from tests.workspaces import convert
+from tritonmind.engine.core import EngineCore
+from tritonmind.engine.llm import LLM
+from tritonmind.engine.model_runner import ModelRunner
+from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.messages import EngineRequest
+from tritonmind.sampling_params import SamplingParams
+from tritonmind.workspace import Workspace
+
+pytestmark = pytest.mark.gpu
+
+NUM_BLOCKS = 100
+MAX_NUM_SEQS = 11
+SAMPLING = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    directory = tmp_path_factory.mktemp("runner")
+    make_llama_checkpoint(
+        directory / "checkpoint", num_heads=4, num_kv_heads=2, head_dim=64, hidden=256, dtype=torch.float16
+    )
+    return Workspace.open(convert(directory / "checkpoint", directory / "workspace"))
+
+
+def make_runner(workspace: Workspace, **overrides: object) -> ModelRunner:
+    config = workspace.engine_config(
+        device="cuda",
+        max_num_seqs=MAX_NUM_SEQS,
+        cache_max_entry_count=NUM_BLOCKS,
+        max_num_batched_tokens=256,
+        **overrides,
+    )
+    runner = ModelRunner(workspace, config)
+    fill_cache(runner)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def runner(workspace: Workspace) -> ModelRunner:
+    return make_runner(workspace)
+
+
+@pytest.fixture(scope="module")
+def eager(workspace: Workspace) -> ModelRunner:
+    return make_runner(workspace, enforce_eager=True)
+
+
+def run(runner: ModelRunner, output: SchedulerOutput) -> tuple[torch.Tensor, list[int]]:
+    token_ids = runner.execute(output).wait()
+    return runner.logits[: len(token_ids)].clone(), token_ids
+
+
+@pytest.mark.parametrize("num_decodes", [1, 3, 8, 11])
+@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_graph_replay_equals_eager(
+    runner: ModelRunner, eager: ModelRunner, num_decodes: int, options: dict[str, float]
+) -> None:
+    """Batch sizes on and between the buckets, after a larger batch has left its rows behind."""
+    for mine, theirs in zip(runner.kv_caches, eager.kv_caches, strict=True):
+        theirs.k.copy_(mine.k)
+        theirs.v.copy_(mine.v)
+    run(runner, decode(sequences([90] * MAX_NUM_SEQS, NUM_BLOCKS)))
+    lengths = torch.randint(1, 500, (num_decodes,)).tolist()
+    output = decode(sequences(lengths, NUM_BLOCKS, **options))
+    replayed, token_ids = run(runner, output)
+    expected, expected_ids = run(eager, output)
+    assert torch.equal(replayed, expected), "the same kernels on the same inputs: to the bit"
+    assert token_ids == expected_ids
+
+
+@pytest.mark.parametrize("with_prompts", [False, True])
+def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts: bool) -> None:
+    """Within the tolerance: matrix products and the split of attention depend on the batch's size."""
+    before = [(cache.k.clone(), cache.v.clone()) for cache in runner.kv_caches]
+    seqs = sequences([1, 64, 65, 200, 333, 480, 17, 128], NUM_BLOCKS)
+    output = decode(seqs[:6])
+    if with_prompts:
+        output = SchedulerOutput(output.decodes, prefill(seqs[6:], 17))
+    together, _ = run(runner, output)
+    for row, item in enumerate(output.items):
+        for cache, (k, v) in zip(runner.kv_caches, before, strict=True):
+            cache.k.copy_(k)
+            cache.v.copy_(v)
+        is_prefill = item.num_new_tokens > 1
+        alone, _ = run(runner, SchedulerOutput([], [item]) if is_prefill else SchedulerOutput([item], []))
+        assert_close(alone[0], together[row])
+
+
+def test_steps_wait_for_nothing(runner: ModelRunner) -> None:
+    """Every kind of step, with sequences that enter with penalties; PyTorch raises at anything that synchronises."""
+    seqs = sequences([40, 64, 65, 300, 17, 128], NUM_BLOCKS, **SAMPLING)
+    more = sequences([33, 99], NUM_BLOCKS)
+    outputs = [
+        SchedulerOutput([], prefill(seqs[:3], 30)),
+        SchedulerOutput(decode(seqs[3:]).decodes, prefill(seqs[:1], 5)),
+        decode(seqs),
+        decode(more),
+    ]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        handles = [runner.execute(output) for output in outputs[:2]]
+        torch.cuda.set_sync_debug_mode("default")
+        for handle in handles:
+            handle.wait()
+        torch.cuda.set_sync_debug_mode("error")
+        handles = [runner.execute(output) for output in outputs[2:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(handle.wait()) for handle in handles] == [6, 2]
+
+
+def test_nothing_compiles_after_ready(workspace: Workspace) -> None:
+    """Random loads through the whole engine: lengths, batch sizes, sampling options, prefix hits, preemptions."""
+    config = workspace.engine_config(
+        device="cuda", max_num_seqs=13, cache_max_entry_count=40, max_num_batched_tokens=200, session_len=384
+    )
+    core = EngineCore(workspace, config)
+    draw = random.Random(int(torch.randint(1 << 30, ()).item()))
+    for number in range(120):
+        options = draw.choice(({}, SAMPLING, {"temperature": 1.0}, {"presence_penalty": 0.5}))
+        core.add(
+            EngineRequest(
+                request_id=number,
+                prompt_token_ids=[draw.randrange(3, 300) for _ in range(draw.choice((1, 2, 15, 17, 63, 100, 300)))],
+                max_tokens=draw.randrange(1, 80),
+                seed=number,
+                stop_token_ids=[],
+                **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, **options},
+            )
+        )
+    num_finished = 0
+    while core.has_work:
+        num_finished += sum(output.finish_reason is not None for output in core.step())
+    assert num_finished == 120
+    core.check_integrity()
+    assert core.stats().num_preemptions > 0
+    assert core.stats().num_jit_compiles == 0
+
+
+def test_the_alarm_counts_a_variant_that_nobody_warmed(runner: ModelRunner) -> None:
+    from tritonmind.kernels import rms_norm
+
+    before = runner.jit_alarm.num_compiles
+    runner.jit_alarm.arm(runner.device)  # another engine's may have been armed since
+    x = torch.ones(2, 1234, dtype=torch.float16, device="cuda")
+    rms_norm(x, x[0], eps=0.1)
+    assert runner.jit_alarm.num_compiles == before + 1
+
+
+def test_a_full_cache_is_not_out_of_memory(tmp_path: Path) -> None:
+    """Nearly all memory for the cache, then more tokens than it holds, in steps of the largest size."""
+    make_llama_checkpoint(
+        tmp_path / "checkpoint",
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        hidden=512,
+        num_layers=8,
+        max_position_embeddings=2048,
+        dtype=torch.float16,
+    )
+    path = convert(tmp_path / "checkpoint", tmp_path / "workspace")
+    torch.cuda.empty_cache()
+    hog = torch.empty(max(0, torch.cuda.mem_get_info()[0] - (8 << 30)), dtype=torch.uint8, device="cuda")
+    prompts = [torch.randint(3, 300, (1500,)).tolist() for _ in range(96)]
+    with LLM(
+        str(path),
+        in_process=True,
+        device="cuda",
+        cache_max_entry_count=0.99,
+        max_num_seqs=64,
+        max_num_batched_tokens=8192,
+        session_len=2048,
+    ) as llm:
+        info = llm.engine.info
+        assert info.num_blocks * info.block_size < 64 * 2048, "the load must not fit"
+        torch.cuda.reset_accumulated_memory_stats()
+        answers = llm.generate(
+            prompts, SamplingParams(max_tokens=500, temperature=0.9, top_p=0.9, repetition_penalty=1.1, ignore_eos=True)
+        )
+        stats = llm.engine.stats()
+        llm.engine.check_integrity()
+    del hog
+    assert [len(answer.token_ids) for answer in answers] == [500] * 96
+    assert stats.num_preemptions > 0, "the cache was never full"
+    memory = torch.cuda.memory_stats()
+    assert memory["num_ooms"] == 0 and memory["num_alloc_retries"] == 0

@@ -1,0 +1,43 @@
+"""The packed inputs of a step: parts do not overlap, lengths vary, device and host agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tritonmind.engine.staging import StepStaging
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("num_tokens", "num_writes"), [(1, 0), (3, 1), (40, 33), (41, 7)])
+def test_every_word_arrives_where_the_device_reads_it(device: str, num_tokens: int, num_writes: int) -> None:
+    staging = StepStaging(max_num_seqs=7, max_num_tokens=41, max_table_writes=33, device=torch.device(device))
+    for round_number in range(5):  # more rounds than buffers
+        head = staging.begin()
+        tail = staging.plan_tail(num_tokens, num_writes)
+        parts = [*head, *staging.host_tail(tail)]
+        for number, part in enumerate(parts):
+            part[...] = 1000 * round_number + 100 * number + np.arange(part.size).reshape(part.shape)
+        expected = [part.copy() for part in parts]
+        staging.send(tail)
+        arrived = [*staging.device_head, *staging.device_tail(tail)]
+        for want, got in zip(expected, arrived, strict=True):
+            assert np.array_equal(got.cpu().numpy(), want)
+
+
+def test_padding_is_reset() -> None:
+    staging = StepStaging(max_num_seqs=4, max_num_tokens=4, max_table_writes=4, device=torch.device("cpu"))
+    for _ in range(2):
+        head = staging.begin()
+        assert (head.context_lens == 0).all() and (head.sample_slots == -1).all() and (head.seq_slots == 0).all()
+        for part in head:
+            part[...] = 5
+
+
+def test_a_step_beyond_its_limits_is_our_mistake() -> None:
+    staging = StepStaging(max_num_seqs=4, max_num_tokens=8, max_table_writes=4, device=torch.device("cpu"))
+    with pytest.raises(AssertionError, match="larger than its limits"):
+        staging.plan_tail(200, 4)

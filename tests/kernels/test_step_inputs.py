@@ -1,0 +1,76 @@
+"""Block table entries and token inputs, on every implementation."""
+
+import pytest
+import torch
+
+from tests.kernels.kernel_cases import Target
+from tritonmind.kernels import TokenInputs, prepare_tokens, write_block_tables
+
+NUM_SLOTS = 5
+BLOCK_SIZE = 16
+
+
+def ints(values: list[int], target: Target) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=target.device)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 128, 300])
+def test_block_table_entries(count: int, target: Target) -> None:
+    before = torch.randint(0, 100, (NUM_SLOTS, 70), dtype=torch.int32)
+    indices = torch.randperm(before.numel())[:count].to(torch.int32)
+    blocks = torch.randint(1000, 2000, (count,), dtype=torch.int32)
+    expected = before.clone()
+    for index, block in zip(indices.tolist(), blocks.tolist(), strict=True):
+        expected[index // 70, index % 70] = block
+    tables = before.to(target.device)
+    write_block_tables(tables, indices.to(target.device), blocks.to(target.device))
+    assert torch.equal(tables.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 128, 400])
+def test_tokens(num_tokens: int, target: Target) -> None:
+    """Each token one by one in plain Python: known ids, ids that only the device has, and padding."""
+    token_ids = torch.randint(0, 1000, (num_tokens,)).where(torch.rand(num_tokens) < 0.6, -1).tolist()
+    positions = torch.randint(0, 4 * BLOCK_SIZE, (num_tokens,)).where(torch.rand(num_tokens) < 0.8, -1).tolist()
+    slots = torch.randint(0, NUM_SLOTS, (num_tokens,)).tolist()
+    last = torch.randint(0, 2**40, (NUM_SLOTS,))
+    tables = torch.randint(0, 10_000, (NUM_SLOTS, 4), dtype=torch.int32)
+    expected = []
+    for token_id, position, slot in zip(token_ids, positions, slots, strict=True):
+        if position < 0:
+            expected.append((0, 0, -1))
+            continue
+        block = int(tables[slot, position // BLOCK_SIZE])
+        known = token_id if token_id >= 0 else int(last[slot])
+        expected.append((known, position, block * BLOCK_SIZE + position % BLOCK_SIZE))
+
+    # Staged arrays begin anywhere.
+    staged = [torch.cat((ints([0] * 3, target), ints(values, target)))[3:] for values in (token_ids, positions, slots)]
+    out = TokenInputs(
+        torch.full((num_tokens,), -7, dtype=torch.int64, device=target.device),
+        torch.full((num_tokens,), -7, dtype=torch.int64, device=target.device),
+        torch.full((num_tokens,), -7, dtype=torch.int32, device=target.device),
+    )
+    result = prepare_tokens(*staged, last.to(target.device), tables.to(target.device), block_size=BLOCK_SIZE, out=out)
+    actual = list(zip(*(tensor.tolist() for tensor in result), strict=True))
+    padding = [position < 0 for position in positions]
+    assert [row[1:] for row in actual] == [row[1:] for row in expected]
+    assert [row for row, pad in zip(actual, padding, strict=True) if not pad] == [
+        row for row, pad in zip(expected, padding, strict=True) if not pad
+    ]
+    assert all(0 <= row[0] < 2**40 for row in actual), "padding is embedded too: its id must be one"
+
+
+def test_arguments_are_checked() -> None:
+    tables = torch.zeros(2, 4, dtype=torch.int32)
+    index = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="blocks has shape"):
+        write_block_tables(tables, index, index[:2])
+    with pytest.raises(ValueError, match="indices has dtype"):
+        write_block_tables(tables, index.long(), index)
+    out = TokenInputs(index.long(), index.long(), index.clone())
+    last = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="last_token_ids has shape"):
+        prepare_tokens(index, index, index, last[:1], tables, block_size=16, out=out)
+    with pytest.raises(ValueError, match=r"out.positions has dtype"):
+        prepare_tokens(index, index, index, last, tables, block_size=16, out=out._replace(positions=index))
