@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import static
+from tritonmind_tools.bench import kernels, profile, static
 
 
 def register(commands: Any) -> None:
@@ -13,3 +13,5 @@ def register(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("bench", help="measure the engine")
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     static.register(kinds)
+    kernels.register(kinds)
+    profile.register(kinds)

@@ -1,57 +1,113 @@
-"""What a measurement was taken on: versions, processor or card, and the memory bandwidth it can reach."""
+"""What a measurement was taken on: versions, processor or card, and the bandwidth and arithmetic it can reach."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
+import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    import torch
+
+COMMIT_VARIABLE = "TRITONMIND_COMMIT"  # the commit, where the code runs outside a checkout
 COPY_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
 COPY_ROUNDS = 8
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+MATMUL_ROUNDS = 8
 
 
-def describe() -> dict[str, str]:
-    """Versions and machine, for the head of a report."""
+def card() -> str:
+    """The name of what computes."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of this package and what it stands on."""
     import torch
 
     import tritonmind
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {os.cpu_count()} cores"
     return {
         "tritonmind": tritonmind.__version__,
-        "commit": _commit(),
-        "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "transformers")},
     }
 
 
-def copy_bandwidth(num_threads: int) -> float:
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    listed = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return listed.partition("\n")[0] or "none"
+
+
+def commit() -> str:
+    """Of the checkout that runs, else the value of TRITONMIND_COMMIT."""
+    directory = str(Path(__file__).resolve().parent)
+    described = _output("git", "-C", directory, "describe", "--always", "--dirty")
+    return described or os.environ.get(COMMIT_VARIABLE) or "no checkout"
+
+
+def copy_bandwidth(num_threads: int = 0) -> float:
     """Bytes per second that a large copy reads and writes, on the GPU or with these CPU threads: the best of some."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads_before)
-    size = COPY_BYTES[device]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(COPY_ROUNDS):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
+    best = min(_seconds(functools.partial(target.copy_, source), COPY_ROUNDS))
     torch.set_num_threads(threads_before)
     del source, target
     if device == "cuda":
         torch.cuda.empty_cache()
-    return 2 * size / best
+    return 2 * COPY_BYTES[device] / best
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product: the median of some.
+
+    The median, because a card that computes hard for longer than a moment lowers its clock.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = MATMUL_SIZE[device]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median(_seconds(functools.partial(torch.mm, left, right), MATMUL_ROUNDS)[1:])
+
+
+def _seconds(run: Callable[[], object], num_rounds: int) -> list[float]:
+    """Wall time of each round, the device's work included."""
+    import torch
+
+    seconds = []
+    for _ in range(num_rounds):
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _output(*command: str) -> str:
+    """What a command prints, nothing where it is missing or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def _version(package: str) -> str:
@@ -67,10 +123,3 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    directory = Path(__file__).resolve().parent
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else "no checkout"

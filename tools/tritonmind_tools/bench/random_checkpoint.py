@@ -9,29 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tritonmind_tools.bench.shapes import SHAPES, Shape
 
-class Shape(NamedTuple):
-    """Sizes of a Llama model."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-
-
-SHAPES = {
-    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
-    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
-}
 WEIGHT_STD = 0.02  # as Llama initialises
 
 
@@ -51,7 +35,7 @@ def write(shape: Shape, directory: Path) -> None:
         save_file(tensors, directory / file, metadata={"format": "pt"})
 
     hidden, inter = shape.hidden_size, shape.intermediate_size
-    kv_size = hidden // shape.num_heads * shape.num_kv_heads
+    kv_size = shape.head_dim * shape.num_kv_heads
     save(
         "common.safetensors",
         {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import queue
 import random
 import statistics
@@ -20,10 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
+from tritonmind_tools.bench.shapes import shape_name
 
 if TYPE_CHECKING:
     from tritonmind.config import ModelConfig
     from tritonmind.engine.client import EngineClient
+    from tritonmind.messages import EngineRequest
 
 FIRST_PLAIN_TOKEN_ID = 3  # below lie special tokens in common vocabularies
 SEED = 0
@@ -32,8 +34,17 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Row:
-    """One measured cell. Times in seconds; tokens_per_second counts generated tokens, prefill time included."""
+    """One measured cell. Times in seconds; tokens_per_second counts generated tokens, prefill time included.
 
+    workload to roofline_fraction are the columns that rows of all benchmarks share; value is tokens_per_second.
+    """
+
+    workload: str
+    shape: str
+    precision: str
+    value: float
+    unit: str
+    roofline_fraction: float
     engine: str
     batch_size: int
     input_len: int
@@ -41,7 +52,6 @@ class Row:
     tokens_per_second: float
     time_to_first_token: float
     step_time: float
-    roofline_fraction: float
 
 
 def register(kinds: Any) -> None:
@@ -71,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
     from tritonmind.workspace import Workspace
     from tritonmind_tools.bench import machine
 
-    batch_sizes = _batch_sizes(args.batch_sizes)
+    batch_sizes = positive_numbers("--batch-sizes", args.batch_sizes)
     model = Workspace.open(args.workspace).model
-    facts = machine.describe()
+    report = Report(args.json)
     bandwidth = machine.copy_bandwidth(args.num_threads)
-    facts["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
+    report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
+    report.notes["workload"] = f"greedy, ignore_eos, random ids, prefix caching off, median of {args.rounds} rounds"
     rows = []
     overrides: dict[str, object] = {
         "enable_prefix_caching": False,
@@ -86,17 +97,21 @@ def run(args: argparse.Namespace) -> int:
     }
     client = start_engine(args.workspace, overrides)
     try:
-        facts["engine"] = f"{client.info.device} {client.info.dtype}, {client.info.memory_plan}"
+        report.notes["engine"] = f"{client.info.device} {client.info.dtype}, {client.info.memory_plan}"
         for batch_size in batch_sizes:
             rounds = [_round(client, model, batch_size, args) for _ in range(args.rounds + 1)][1:]  # the first warms up
             rows.append(_row(model, client.info.dtype, batch_size, args, rounds, bandwidth))
             _print_row(rows[-1])
+        stats = client.stats()
+        report.notes["preemptions"] = str(stats.num_preemptions)
+        report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
     finally:
         client.shutdown()
     if args.transformers:
         rows.append(_transformers_row(model, args, bandwidth))
         _print_row(rows[-1])
-    _report(facts, rows, args)
+    report.print_facts()
+    report.write_json([dataclasses.asdict(row) for row in rows])
     return 0
 
 
@@ -107,21 +122,12 @@ class _Round:
 
 
 def _round(client: EngineClient, model: ModelConfig, batch_size: int, args: argparse.Namespace) -> _Round:
-    from tritonmind.messages import EngineRequest, TokenOutput
+    from tritonmind.messages import TokenOutput
 
     outputs: queue.SimpleQueue[tuple[float, TokenOutput]] = queue.SimpleQueue()
     started = time.perf_counter()
-    for prompt in _prompts(model, batch_size, args.input_len):
-        request = EngineRequest(
-            request_id=client.next_request_id(),
-            prompt_token_ids=prompt,
-            max_tokens=args.output_len,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            seed=0,
-            stop_token_ids=[],
-        )
+    for prompt in random_prompts(model, batch_size, args.input_len):
+        request = greedy_request(client.next_request_id(), prompt, args.output_len)
         client.submit(request, lambda output: outputs.put((time.perf_counter(), output)))
     first: dict[int, float] = {}
     num_tokens, num_finished, now = 0, 0, started
@@ -146,7 +152,7 @@ def _transformers_row(model: ModelConfig, args: argparse.Namespace, bandwidth: f
     source = {"gguf_file": path.name} if path.is_file() else {}
     where = path.parent if path.is_file() else path
     reference = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source).eval()
-    prompt = torch.tensor(_prompts(model, 1, args.input_len))
+    prompt = torch.tensor(random_prompts(model, 1, args.input_len))
 
     def generate(num_tokens: int) -> float:
         started = time.perf_counter()
@@ -172,40 +178,61 @@ def _row(
     step_time = (wall - first) / max(1, args.output_len - 1)
     mean_context = args.input_len + args.output_len / 2
     ideal = step_bytes(model, DTYPE_BYTES[dtype], batch_size, mean_context) / bandwidth
+    tokens_per_second = batch_size * args.output_len / wall
     return Row(
+        workload=f"batch{batch_size}_{args.input_len}_{args.output_len}",
+        shape=shape_name(model),
+        precision=PRECISIONS[dtype],
+        value=tokens_per_second,
+        unit="tok/s",
+        roofline_fraction=ideal / step_time if step_time else 0.0,
         engine="tritonmind",
         batch_size=batch_size,
         input_len=args.input_len,
         output_len=args.output_len,
-        tokens_per_second=batch_size * args.output_len / wall,
+        tokens_per_second=tokens_per_second,
         time_to_first_token=first,
         step_time=step_time,
-        roofline_fraction=ideal / step_time if step_time else 0.0,
     )
 
 
 def step_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: float) -> float:
     """Fewest bytes one decode step must read: every weight once, and K and V of each sequence."""
+    return weight_bytes(model, dtype_bytes) + kv_bytes(model, dtype_bytes, batch_size, context)
+
+
+def weight_bytes(model: ModelConfig, dtype_bytes: int) -> int:
+    """Bytes of the weights that a decode step multiplies with."""
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     layer = model.hidden_size * (qkv + model.num_heads * model.head_dim + 3 * model.intermediate_size)
-    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
-    kv = batch_size * context * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    return dtype_bytes * (weights + kv)
+    return dtype_bytes * (model.num_layers * layer + model.vocab_size * model.hidden_size)
 
 
-def _prompts(model: ModelConfig, batch_size: int, length: int) -> list[list[int]]:
+def kv_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: float) -> float:
+    """Bytes of K and V of a batch of sequences with `context` tokens each."""
+    return dtype_bytes * batch_size * context * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+
+
+def random_prompts(model: ModelConfig, batch_size: int, length: int) -> list[list[int]]:
+    """The same prompts in every run: `batch_size` of `length` token ids."""
     draw = random.Random(SEED)
     return [[draw.randrange(FIRST_PLAIN_TOKEN_ID, model.vocab_size) for _ in range(length)] for _ in range(batch_size)]
 
 
-def _batch_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"--batch-sizes={text!r} must be positive numbers separated by commas")
-    return sizes
+def greedy_request(request_id: int, prompt: list[int], max_tokens: int) -> EngineRequest:
+    """A request that takes the likeliest token `max_tokens` times, whatever it is."""
+    from tritonmind.messages import EngineRequest
+
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        max_tokens=max_tokens,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
+        stop_token_ids=[],
+    )
 
 
 def _print_row(row: Row) -> None:
@@ -215,12 +242,3 @@ def _print_row(row: Row) -> None:
         f"step {row.step_time * 1e3:7.2f} ms  {row.roofline_fraction:5.0%} of the decode roofline",
         flush=True,
     )
-
-
-def _report(facts: dict[str, str], rows: list[Row], args: argparse.Namespace) -> None:
-    for name, value in facts.items():
-        print(f"{name:>16}: {value}")
-    print(f"        workload: greedy, ignore_eos, random ids, prefix caching off, median of {args.rounds} rounds")
-    if args.json:
-        results = {"machine": facts, "rows": [dataclasses.asdict(row) for row in rows]}
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

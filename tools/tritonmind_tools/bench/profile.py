@@ -1,0 +1,220 @@
+"""`tritonmind bench profile`: where the time of a decode step goes.
+
+An engine in this process brings a batch of equal greedy requests to decoding, then makes steps: first as it serves,
+for the time of a step and what the host does in it, then under the profiler, for the time of each kernel and the calls
+into CUDA. Idle is the time of an unprofiled step less the time in which a kernel ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
+from tritonmind_tools.bench.shapes import shape_name
+from tritonmind_tools.bench.static import DTYPE_BYTES, greedy_request, kv_bytes, random_prompts, weight_bytes
+
+if TYPE_CHECKING:
+    from tritonmind.engine.core import EngineCore
+    from tritonmind.workspace import Workspace
+    from tritonmind_tools.bench.trace import Account
+
+PREFILL_TOKENS = 4096  # of a step, beside the decodes
+NUM_WARM_UPS = 3
+MARGIN_STEPS = 4
+NUM_PRINTED_KERNELS = 30
+PARTS = ("schedule", "execute", "wait", "update")
+
+
+class Timing(NamedTuple):
+    """Seconds of an unprofiled step, and of its calls on the host by part."""
+
+    wall: float
+    host: float
+    parts: dict[str, float]
+
+
+def register(kinds: Any) -> None:
+    """Add `bench profile`."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "profile", help="where the time of a decode step goes", description=__doc__
+    )
+    parser.add_argument("workspace", help="workspace that `tritonmind convert` wrote")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences (default %(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for chrome://tracing or Perfetto")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the account, write JSON. Raises ConfigError for a wrong option or a batch that does not fit."""
+    from tritonmind.workspace import Workspace
+    from tritonmind_tools.bench import machine
+
+    for name in ("batch_size", "context", "steps"):
+        positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
+    workspace = Workspace.open(args.workspace)
+    report = Report(args.json)
+    bandwidth = machine.copy_bandwidth()
+    report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
+    core, context = _decoding_core(workspace, args)
+    gc.collect()
+    gc.freeze()  # as the engine's own process does when it starts
+    report.notes["engine"] = f"{core.info.device} {core.info.dtype}, {core.info.memory_plan}"
+    timing = _timed(core, args.steps)
+    account = _profiled(core, args.steps, Path(args.trace) if args.trace else None)
+    gc.unfreeze()
+    stats = core.stats()
+    assert stats.num_running == args.batch_size and not stats.num_preemptions, "the batch changed on the way"
+    report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
+    dtype_bytes = DTYPE_BYTES[core.info.dtype]
+    num_bytes = {
+        "decode attention": kv_bytes(workspace.model, dtype_bytes, args.batch_size, context + args.steps),
+        "matrix products": float(weight_bytes(workspace.model, dtype_bytes)),
+    }
+    _print_account(account, num_bytes, timing)
+    report.print_facts()
+    roofline = sum(num_bytes.values()) / bandwidth
+    row = {
+        "workload": f"decode step B={args.batch_size} L={round(context)}",
+        "shape": shape_name(workspace.model),
+        "precision": PRECISIONS[core.info.dtype],
+        "value": timing.wall * 1e6,
+        "unit": "us",
+        "roofline_fraction": roofline / timing.wall,
+    }
+    report.write_json([row], host_seconds=timing._asdict(), bytes_by_group=num_bytes, **dataclasses.asdict(account))
+    return 0
+
+
+def _decoding_core(workspace: Workspace, args: argparse.Namespace) -> tuple[EngineCore, float]:
+    """An engine in which every request decodes, and the mean number of tokens that one has then."""
+    from tritonmind.engine.core import EngineCore
+
+    # The first request decodes while the others' prompts are computed; the margin is for steps in flight.
+    num_prefill_steps = -(-args.batch_size * args.context // PREFILL_TOKENS)
+    max_tokens = num_prefill_steps + NUM_WARM_UPS + 2 * args.steps + MARGIN_STEPS
+    config = workspace.engine_config(
+        enable_prefix_caching=False,
+        dtype=args.dtype,
+        max_num_seqs=args.batch_size,
+        max_num_batched_tokens=PREFILL_TOKENS + args.batch_size,
+        session_len=args.context + max_tokens,
+    )
+    core = EngineCore(workspace, config)
+    blocks_each = -(-(args.context + max_tokens) // core.info.block_size)
+    num_blocks = args.batch_size * blocks_each
+    if num_blocks > core.info.num_blocks:
+        raise ConfigError(
+            f"--batch-size={args.batch_size} with --context={args.context} needs {num_blocks} blocks, "
+            f"the KV cache has {core.info.num_blocks}; lower one of the two"
+        )
+    for number, prompt in enumerate(random_prompts(workspace.model, args.batch_size, args.context)):
+        core.add(greedy_request(number, prompt, max_tokens))
+    generated: dict[int, int] = defaultdict(int)
+    num_more = NUM_WARM_UPS
+    while num_more:
+        num_more -= len(generated) == args.batch_size
+        for output in core.step():
+            assert output.finish_reason is None
+            generated[output.request_id] += len(output.token_ids)
+    return core, args.context + sum(generated.values()) / args.batch_size
+
+
+def _timed(core: EngineCore, num_steps: int) -> Timing:
+    """Steps as they are when the engine serves; the clocks around their parts cost the host a microsecond each."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def clocked(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args)
+            seconds[name] += time.perf_counter() - started
+            return result
+
+        return timed_call
+
+    class ClockedHandle:
+        def __init__(self, handle: Any) -> None:
+            self.wait = clocked("wait", handle.wait)
+
+    scheduler, executor = core.scheduler, core.executor
+    execute = clocked("execute", executor.execute)
+    before = scheduler.schedule, executor.execute, scheduler.update
+    scheduler.schedule = clocked("schedule", scheduler.schedule)  # type: ignore[method-assign]
+    scheduler.update = clocked("update", scheduler.update)  # type: ignore[method-assign]
+    executor.execute = lambda output: ClockedHandle(execute(output))  # type: ignore[method-assign, assignment, return-value]
+    _synchronise()
+    host = 0.0
+    started = time.perf_counter()
+    for _ in range(num_steps):
+        begin = time.thread_time()
+        core.step()
+        host += time.thread_time() - begin
+    _synchronise()
+    wall = time.perf_counter() - started
+    scheduler.schedule, executor.execute, scheduler.update = before  # type: ignore[method-assign]
+    parts = {name: seconds[name] / num_steps for name in PARTS}
+    return Timing(wall=wall / num_steps, host=host / num_steps, parts=parts)
+
+
+def _profiled(core: EngineCore, num_steps: int, path: Path | None) -> Account:
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from tritonmind_tools.bench.trace import account
+
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    _synchronise()
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(num_steps):
+            core.step()
+        _synchronise()
+    with tempfile.TemporaryDirectory() as directory:
+        path = path or Path(directory) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return account(events, num_steps, on_gpu=on_gpu)
+
+
+def _synchronise() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _print_account(account: Account, num_bytes: dict[str, float], timing: Timing) -> None:
+    print(f"{'kernel':<60}{'calls/step':>11}{'us each':>10}{'us/step':>10}{'share':>7}")
+    for kernel in account.kernels[:NUM_PRINTED_KERNELS]:
+        print(
+            f"{kernel.name[:58]:<60}{kernel.calls_per_step:11.1f}{kernel.us_per_call:10.2f}"
+            f"{kernel.us_per_step:10.1f}{kernel.share:7.1%}"
+        )
+    others = account.kernels[NUM_PRINTED_KERNELS:]
+    if others:
+        print(f"{f'{len(others)} more':<60}{'':21}{sum(kernel.us_per_step for kernel in others):10.1f}")
+    print(f"\n{'kind of work':<60}{'us/step':>10}{'MB':>10}{'TB/s':>8}")
+    for group, us in account.us_by_group.items():
+        read = num_bytes.get(group)
+        rate = f"{read / 1e6:10.1f}{read / us / 1e6:8.3f}" if read else ""
+        print(f"{group:<60}{us:10.1f}{rate}")
+    wall, busy = timing.wall * 1e6, account.busy_us_per_step
+    print(f"\nstep {wall:.1f} us, of it {busy:.1f} us busy and {wall - busy:.1f} us idle")
+    parts = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in timing.parts.items())
+    print(f"host: {timing.host * 1e6:.1f} us of CPU time a step; us by the clock: {parts}")
+    calls = ", ".join(f"{name} {count:g}" for name, count in account.host_calls_per_step.items())
+    print(f"calls into CUDA a step: {calls or 'none'}")
