@@ -17,7 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonmind.kernels import triton_activation, triton_attention, triton_norm, triton_rotary
+from tritonmind.kernels import (
+    SamplingState,
+    triton_activation,
+    triton_attention,
+    triton_gather,
+    triton_logprobs,
+    triton_norm,
+    triton_rotary,
+    triton_sampling,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -99,6 +108,29 @@ def main() -> None:
         for max_query_len in (16, 64, 128):
             prefill.label = f"{str(dtype).removeprefix('torch.')} BLOCK_M {max_query_len}"
             triton_attention.paged_prefill_attention(q, pool, pool, tables, ints[:5], lengths, max_query_len, 0.1, q)
+    compile_sampling()
+
+
+def compile_sampling() -> None:
+    """What stands around the model, for the vocabularies of Llama 2 and 3."""
+    gather = Compiler(triton_gather, "_gather_rows_kernel")
+    score = Compiler(triton_sampling, "_score_kernel")
+    choose = Compiler(triton_sampling, "_choose_kernel")
+    logprobs = Compiler(triton_logprobs, "_logprobs_kernel")
+    ids, slots, values = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32), torch.empty(4)
+    for dtype in (torch.float16, torch.bfloat16):
+        name = gather.label = str(dtype).removeprefix("torch.")
+        hidden = torch.empty(4, 4096, dtype=dtype)
+        triton_gather.gather_rows(hidden, ids, hidden)
+        for vocab_size in (32000, 128256):
+            logits = torch.empty(4, vocab_size, dtype=dtype)
+            counts = torch.zeros(4, vocab_size, dtype=torch.int32)
+            state = SamplingState(values, slots, values, values, values, values, values, ids, counts)
+            logprobs.label = f"{name} VOCAB {vocab_size}"
+            triton_logprobs.token_logprobs(logits, ids)
+            for greedy in (True, False):
+                score.label = choose.label = f"{name} VOCAB {vocab_size} GREEDY {greedy}"
+                triton_sampling.sample_tokens(logits, slots, slots, state, greedy, ids, ids)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ KERNELS = {
     "_decode_kernel",
     "_combine_kernel",
     "_prefill_kernel",
+    "_gather_rows_kernel",
+    "_score_kernel",
+    "_choose_kernel",
+    "_logprobs_kernel",
 }
 # Shared memory a block may have on sm_90.
 MAX_SHARED_BYTES = 227 << 10
