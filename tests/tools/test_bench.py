@@ -1,23 +1,36 @@
-"""`tritonmind bench static`: it measures what it says, on a tiny model, and refuses nonsense."""
+"""`tritonmind bench`: it measures what it says, on tiny models, and refuses nonsense."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.workspaces import tiny_workspace
 
 from tritonmind.config import ModelConfig
-from tritonmind_tools.bench import machine
+from tritonmind_tools.bench import kernel_cases, machine
+from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
+from tritonmind_tools.bench.shapes import SHAPES, shape_name
 from tritonmind_tools.bench.static import step_bytes
+from tritonmind_tools.bench.timing import seconds_per_call
+from tritonmind_tools.bench.trace import account, group_of, short_name
 from tritonmind_tools.cli import main
 
 
-def test_static_reports_each_batch_size(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def small_measures_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(machine.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
+
+
+def test_static_reports_each_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = tiny_workspace(tmp_path)
     report = tmp_path / "report.json"
     arguments = ["--batch-sizes", "1,3", "--input-len", "5", "--output-len", "7", "--rounds", "1", "--num-threads", "1"]
@@ -28,9 +41,19 @@ def test_static_reports_each_batch_size(
         (3, 5, 7),
     ]
     for row in results["rows"]:
-        assert row["tokens_per_second"] > 0 and row["time_to_first_token"] > 0
-    assert {"torch", "commit", "device", "copy bandwidth"} <= results["machine"].keys()
-    assert "batch   3  5/7" in capsys.readouterr().out
+        assert row["value"] == row["tokens_per_second"] > 0 and row["time_to_first_token"] > 0
+        assert (row["shape"], row["precision"], row["unit"]) == ("tiny", "fp32", "tok/s")
+    assert [row["workload"] for row in results["rows"]] == ["batch1_5_7", "batch3_5_7"]
+    assert_facts(results)
+    assert (results["notes"]["preemptions"], results["notes"]["jit compiles"]) == ("0", "0 after ready")
+    shown = capsys.readouterr().out
+    assert "batch   3  5/7" in shown and "preemptions: 0" in shown
+
+
+def assert_facts(results: dict[str, Any]) -> None:
+    assert set(results) >= {"card", "driver", "versions", "commit", "command", "date", "rows"}
+    assert results["versions"]["torch"] == torch.__version__
+    datetime.fromisoformat(results["date"])
 
 
 @pytest.mark.parametrize("sizes", ["", "0", "1,x", "-1"])
@@ -39,24 +62,214 @@ def test_batch_sizes_must_be_positive_numbers(tmp_path: Path, sizes: str, capsys
     assert f"--batch-sizes={sizes!r}" in capsys.readouterr().err
 
 
+LLAMA_2_7B = ModelConfig(
+    architecture="LlamaForCausalLM",
+    model_name="llama2",
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    intermediate_size=11008,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=4096,
+    weight_type="fp16",
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+
+
 def test_step_bytes_of_llama_2_7b() -> None:
-    model = ModelConfig(
-        architecture="LlamaForCausalLM",
-        model_name="llama2",
-        vocab_size=32000,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=11008,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=4096,
-        weight_type="fp16",
-        bos_token_id=1,
-        eos_token_ids=(2,),
-    )
     # 6.476 G projection weights, 0.131 G of the head, 512 KiB of K and V a token, two bytes each.
-    assert step_bytes(model, 2, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
-    assert step_bytes(model, 2, 4, 100) - step_bytes(model, 2, 4, 0) == 400 * 512 * 1024
+    assert step_bytes(LLAMA_2_7B, 2, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
+    assert step_bytes(LLAMA_2_7B, 2, 4, 100) - step_bytes(LLAMA_2_7B, 2, 4, 0) == 400 * 512 * 1024
+
+
+def test_shapes_are_known_by_their_sizes() -> None:
+    assert shape_name(LLAMA_2_7B) == "llama-2-7b"
+    assert shape_name(dataclasses.replace(LLAMA_2_7B, max_position_embeddings=32768)) == "llama-2-7b"
+    assert shape_name(dataclasses.replace(LLAMA_2_7B, num_kv_heads=8)) == "llama2"
+
+
+def test_every_launcher_is_measured() -> None:
+    assert kernel_cases.launchers() == {kernel.launcher for kernel in KERNELS if kernel.launcher}
+
+
+def test_kernels_reports_each_kernel_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--shape", "tiny", "--dtype", "fp32", "--batch-sizes", "1,3", "--context", "70", "--prefills", "2x33"]
+    assert main(["bench", "kernels", *arguments, "--json", str(report)]) == 0
+    results = json.loads(report.read_text())
+    assert_facts(results)
+    assert results["not_measured"] == []
+    measured = {(row["kernel"], row["size"]) for row in results["rows"]}
+    expected = {(k.name, size) for k in KERNELS for size in ("B=1 L=70", "B=3 L=70") if k.decode}
+    assert measured == expected | {(k.name, "2x33") for k in KERNELS if k.prefill}
+    for row in results["rows"]:
+        assert row["value"] > 0 and row["roofline_fraction"] > 0 and row["unit"] == "us"
+    shown = capsys.readouterr().out
+    assert "paged_decode_attention  B=3 L=70" in shown and "sample top-k top-p" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "num_bytes", "num_flops"),
+    [
+        ("w13", 2 * (4096 * 22016 + 8 * (4096 + 22016)), 2 * 8 * 4096 * 22016),
+        ("paged_decode_attention", 8 * (512 * 2 * 4096 * 2 + 2 * 4096 * 2), 4 * 8 * 512 * 4096),
+        ("add_rms_norm", (8 * 4 + 1) * 4096 * 2, 0),
+        ("sample penalties", 8 * 32000 * (2 + 4), 0),
+    ],
+)
+def test_work_of_a_decode_step_of_llama_2_7b(name: str, num_bytes: int, num_flops: int) -> None:
+    (kernel,) = (kernel for kernel in KERNELS if kernel.name == name)
+    case = kernel.case(Setting(SHAPES["llama-2-7b"], torch.float16, torch.device("cpu")), Point(8, 1, 512))
+    assert (case.num_bytes, case.num_flops) == (num_bytes, num_flops)
+
+
+def test_prefill_attention_counts_the_triangle() -> None:
+    (kernel,) = (kernel for kernel in KERNELS if kernel.name == "paged_prefill_attention")
+    case = kernel.case(Setting(SHAPES["llama-2-7b"], torch.float16, torch.device("cpu")), Point(2, 3, 3))
+    assert case.num_flops == 2 * (1 + 2 + 3) * 4 * 4096
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--batch-sizes=0", "--batch-sizes='0'"),
+        ("--context=-1", "--context='-1'"),
+        ("--prefills=8", "--prefills='8' must be like 1x2048"),
+        ("--prefills=0x5", "--prefills='0x5'"),
+        ("--only=nothing", "they are prepare_tokens, "),
+        ("--json=nowhere/at/all.json", "its folder does not exist"),
+    ],
+)
+def test_kernels_refuses_nonsense(option: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--shape", "tiny", option]) == 1
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_copy_on_the_card_takes_the_time_of_its_bytes() -> None:
+    """The timer against the card's copy bandwidth: caches that stayed warm would look faster, the host slower."""
+    device = torch.device("cuda")
+    size = 64 << 20
+
+    def make() -> Callable[[], object]:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    machine_rate = machine.copy_bandwidth()
+    rate = 2 * size / seconds_per_call(make, 2 * size, device)
+    assert 0.6 * machine_rate < rate < 1.15 * machine_rate
+
+
+def test_profile_accounts_for_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = tiny_workspace(tmp_path)
+    report, trace = tmp_path / "report.json", tmp_path / "trace.json"
+    arguments = ["--batch-size", "3", "--context", "70", "--steps", "4", "--json", str(report), "--trace", str(trace)]
+    assert main(["bench", "profile", str(workspace), *arguments]) == 0
+    results = json.loads(report.read_text())
+    assert_facts(results)
+    (row,) = results["rows"]
+    assert row["workload"].startswith("decode step B=3 L=7") and row["unit"] == "us"
+    host = results["host_seconds"]
+    assert 0 < sum(host["parts"].values()) <= host["wall"] * 1.01
+    products = [kernel for kernel in results["kernels"] if kernel["group"] == "matrix products"]
+    # Four in each of two layers, and the logits.
+    assert sum(kernel["calls_per_step"] for kernel in products) == 9
+    assert sum(kernel["share"] for kernel in results["kernels"]) == pytest.approx(1)
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert "matrix products" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--batch-size=0"], "--batch-size='0'"),
+        (["--context=100000"], "--context=100000 is more than"),
+        (["--batch-size=3", "--context=200"], "needs 12 blocks, the KV cache has 9;"),
+    ],
+)
+def test_profile_refuses_nonsense(
+    tmp_path: Path, options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tiny_workspace(tmp_path)
+    config = workspace / "triton_models" / "weights" / "config.ini"
+    config.write_text(re.sub(r"cache_max_entry_count = .*", "cache_max_entry_count = 9", config.read_text()))
+    assert main(["bench", "profile", str(workspace), *options]) == 1
+    assert named in capsys.readouterr().err
+
+
+def event(category: str, name: str, start: float, duration: float) -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "tid": 1}
+
+
+def test_account_of_a_trace_of_a_card() -> None:
+    """Two steps of a decode kernel, a copy that overlaps it, a matrix product, and the calls that started them."""
+    events: list[dict[str, Any]] = [event("cuda_runtime", "cudaDeviceSynchronize", 0, 1), {"ph": "M", "name": "x"}]
+    for start in (100, 200):
+        events += [
+            event("cuda_runtime", "cudaGraphLaunch", start - 50, 9),
+            event("cuda_runtime", "cudaEventSynchronize", start - 20, 5),
+            event("kernel", "_decode_kernel", start, 20),
+            event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", start + 15, 10),
+            event("kernel", "nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", start + 40, 30),
+        ]
+    events.append(event("cuda_runtime", "cudaDeviceSynchronize", 300, 1))
+    found = account(events, 2, on_gpu=True)
+    assert [(k.name, k.calls_per_step, k.us_per_call, k.us_per_step) for k in found.kernels] == [
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", 1, 30, 30),
+        ("_decode_kernel", 1, 20, 20),
+        ("Memcpy DtoH", 1, 10, 10),
+    ]
+    assert found.kernels[0].share == pytest.approx(0.5)
+    assert found.us_by_group == {"matrix products": 30, "decode attention": 20, "copies": 10}
+    assert found.busy_us_per_step == 25 + 30
+    assert found.host_calls_per_step == {"cudaGraphLaunch": 1, "cudaEventSynchronize": 1}
+
+
+def test_a_synchronisation_within_the_steps_is_counted() -> None:
+    names = ("cudaDeviceSynchronize", "cudaGraphLaunch", "cudaDeviceSynchronize", "cudaGraphLaunch")
+    events = [event("cuda_runtime", name, start, 1) for start, name in enumerate(names)]
+    found = account(events, 1, on_gpu=True)
+    assert found.host_calls_per_step == {"cudaGraphLaunch": 2, "cudaDeviceSynchronize": 1}
+
+
+def test_an_operator_counts_without_those_it_calls() -> None:
+    events = [
+        event("cpu_op", "aten::linear", 0, 10),
+        event("cpu_op", "aten::t", 1, 2),
+        event("cpu_op", "aten::mm", 4, 5),
+        event("cpu_op", "aten::mm", 20, 5),
+    ]
+    found = account(events, 1, on_gpu=False)
+    assert [(k.name, k.us_per_step) for k in found.kernels] == [("aten::mm", 10), ("aten::linear", 3), ("aten::t", 2)]
+    assert found.busy_us_per_step == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "short", "group"),
+    [
+        ("_rms_norm_kernel", "_rms_norm_kernel", "norm"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul> >"
+            "(int, at::native::FillFunctor<int>, std::array<char*, 1ul>)",
+            "vectorized_elementwise_kernel FillFunctor",
+            "copies",
+        ),
+        (
+            "void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_64x64_64x6_tn_align8>(Params)",
+            "cutlass::Kernel2 cutlass_80_tensorop_f16_s16816gemm_relu_f16_64x64_64x6_tn_align8",
+            "matrix products",
+        ),
+        ("void gemvx::kernel<int, int, __half>(cublasGemvParams<int>)", "gemvx::kernel", "matrix products"),
+        ("void at::native::(anonymous namespace)::gather<float>(int)", "gather", "other"),
+        ("Memset (Device)", "Memset", "copies"),
+    ],
+)
+def test_names_are_short_and_sorted_by_kind(name: str, short: str, group: str) -> None:
+    assert short_name(name) == short
+    assert group_of(short) == group

@@ -66,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
     workspace = Workspace.open(args.workspace)
+    if args.context > workspace.model.max_position_embeddings:
+        raise ConfigError(
+            f"--context={args.context} is more than the model's max_position_embeddings, "
+            f"{workspace.model.max_position_embeddings}"
+        )
     report = Report(args.json)
     bandwidth = machine.copy_bandwidth()
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"

@@ -99,17 +99,17 @@ def group_of(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """A C++ kernel's name without result, namespaces, template and parameters; the functor inside them is kept.
+    """A C++ kernel's name without result, PyTorch's namespaces, template and parameters; the functor in them is kept.
 
     Names of Triton kernels and of cuBLAS's own are returned as they are.
     """
     if "(" not in name and "<" not in name:
         return name
-    if copied := re.match(r"Mem(cpy|set) ?\w*", name):
+    if copied := re.match(r"Mem(?:cpy|set)(?: \w+)?", name):
         return copied[0]
     inner = re.search(r"cutlass_\w+|\w*Functor\w*|\w+Ops\b", name)
-    base = re.sub(r"\(anonymous namespace\)::", "", name).removeprefix("void ")
-    base = re.split(r"[<(]", base)[0].rpartition("::")[2]
+    base = re.sub(r"^void |\(anonymous namespace\)::|at::native::", "", name)
+    base = re.split(r"[<(]", base)[0]
     return f"{base} {inner[0]}" if inner and inner[0] != base else base
 
 
