@@ -14,6 +14,7 @@ from tritonmind.sequence import Sequence, SequenceStatus
 _admissions = itertools.count()
 
 
+@torch.inference_mode()
 def fill_cache(runner: ModelRunner) -> None:
     """Random K and V in every block."""
     for k_cache, v_cache in runner.kv_caches:

@@ -59,6 +59,13 @@ def eager(workspace: Workspace) -> ModelRunner:
     return make_runner(workspace, enforce_eager=True)
 
 
+@torch.inference_mode()
+def copy_cache(source: ModelRunner, target: ModelRunner) -> None:
+    for mine, theirs in zip(source.kv_caches, target.kv_caches, strict=True):
+        theirs.k.copy_(mine.k)
+        theirs.v.copy_(mine.v)
+
+
 def run(runner: ModelRunner, output: SchedulerOutput) -> tuple[torch.Tensor, list[int]]:
     token_ids = runner.execute(output).wait()
     return runner.logits[: len(token_ids)].clone(), token_ids
@@ -70,9 +77,7 @@ def test_graph_replay_equals_eager(
     runner: ModelRunner, eager: ModelRunner, num_decodes: int, options: dict[str, float]
 ) -> None:
     """Batch sizes on and between the buckets, after a larger batch has left its rows behind."""
-    for mine, theirs in zip(runner.kv_caches, eager.kv_caches, strict=True):
-        theirs.k.copy_(mine.k)
-        theirs.v.copy_(mine.v)
+    copy_cache(runner, eager)
     run(runner, decode(sequences([90] * MAX_NUM_SEQS, NUM_BLOCKS)))
     lengths = torch.randint(1, 500, (num_decodes,)).tolist()
     output = decode(sequences(lengths, NUM_BLOCKS, **options))
@@ -92,9 +97,10 @@ def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts
         output = SchedulerOutput(output.decodes, prefill(seqs[6:], 17))
     together, _ = run(runner, output)
     for row, item in enumerate(output.items):
-        for cache, (k, v) in zip(runner.kv_caches, before, strict=True):
-            cache.k.copy_(k)
-            cache.v.copy_(v)
+        with torch.inference_mode():
+            for cache, (k, v) in zip(runner.kv_caches, before, strict=True):
+                cache.k.copy_(k)
+                cache.v.copy_(v)
         is_prefill = item.num_new_tokens > 1
         alone, _ = run(runner, SchedulerOutput([], [item]) if is_prefill else SchedulerOutput([item], []))
         assert_close(alone[0], together[row])
@@ -127,7 +133,7 @@ def test_steps_wait_for_nothing(runner: ModelRunner) -> None:
 def test_nothing_compiles_after_ready(workspace: Workspace) -> None:
     """Random loads through the whole engine: lengths, batch sizes, sampling options, prefix hits, preemptions."""
     config = workspace.engine_config(
-        device="cuda", max_num_seqs=13, cache_max_entry_count=40, max_num_batched_tokens=200, session_len=384
+        device="cuda", max_num_seqs=13, cache_max_entry_count=14, max_num_batched_tokens=200, session_len=384
     )
     core = EngineCore(workspace, config)
     draw = random.Random(int(torch.randint(1 << 30, ()).item()))

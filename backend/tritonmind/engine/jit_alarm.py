@@ -6,6 +6,7 @@ Each is a stall of milliseconds to seconds in the middle of serving, and means t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ class JitAlarm:
         self.num_compiles = 0
 
     def arm(self, device: torch.device) -> None:
-        """Count from now on. A CPU runs no Triton kernels, and may have no Triton."""
-        if device.type != "cuda":
-            return
-        import triton
+        """Count from now on, in place of an earlier engine's alarm."""
+        _set_hook(self._on_compile, device)
 
-        triton.knobs.runtime.jit_post_compile_hook = self._on_compile
+    def disarm(self, device: torch.device) -> None:
+        """Count no more: a warm-up begins."""
+        _set_hook(None, device)
 
     def _on_compile(self, *, repr: str, is_manual_warmup: bool, **_: Any) -> None:
         self.num_compiles += 1
         logger.warning("a kernel was compiled after the engine was ready: %s", repr)
+
+
+def _set_hook(hook: Callable[..., None] | None, device: torch.device) -> None:
+    """A CPU runs no Triton kernels, and may have no Triton."""
+    if device.type == "cuda":
+        import triton
+
+        triton.knobs.runtime.jit_post_compile_hook = hook

@@ -92,6 +92,7 @@ class ModelRunner:
         self._sampler_graphs: dict[bool, GraphSet] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.jit_alarm = JitAlarm()
+        self.jit_alarm.disarm(self.device)
         self._get_ready()
         self.jit_alarm.arm(self.device)
 
