@@ -15,6 +15,7 @@ import pytest
 
 from tests.workspaces import tiny_workspace
 from tritonmind_tools.embedded_server import EmbeddedServer
+from tritonmind_tools.server_install import HOME_VARIABLE
 
 ENGINE_MODULE = "tritonmind.engine.core_process"
 
@@ -33,9 +34,9 @@ def make_workspace(directory: Path, *options: str) -> Path:
 
 @contextmanager
 def running(workspace: Path, http_port: int | None = None) -> Iterator[EmbeddedServer]:
-    """A ready server; skips the test where the server's wheel is not installed."""
-    if importlib.util.find_spec("pytriton") is None:
-        pytest.skip("nvidia-pytriton is not installed")
+    """A ready server; skips the test where there is none, neither its wheel nor $TRITONSERVER_HOME."""
+    if importlib.util.find_spec("pytriton") is None and HOME_VARIABLE not in os.environ:
+        pytest.skip(f"nvidia-pytriton is not installed, and {HOME_VARIABLE} is not set")
     with EmbeddedServer(workspace, grpc_port=0, log_path=workspace / "server.log", http_port=http_port) as server:
         yield server
 
