@@ -25,6 +25,8 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _MAX_KEY = tl.constexpr(0x7FFFFFFF)
 _MIN_KEY = tl.constexpr(-0x80000000)
 _MAX_ID = tl.constexpr(0x7FFFFFFF)
+# Vector loads want scores and candidates in multiples of this many. What fills them up is -inf, below any score.
+ALIGNMENT = tl.constexpr(16)
 # Less than the packed form of any token.
 NO_TOKEN = tl.constexpr(-(1 << 63))
 
@@ -121,17 +123,19 @@ def _collect(
     scores_ptr, candidates_ptr, candidate_ids_ptr, low,
     VOCAB: tl.constexpr, MAX_CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy the scores from the key `low` on, the first MAX_CANDIDATES of them, and count all."""
+    """Copy the scores from the key `low` on, the first MAX_CANDIDATES of them, and count all. -inf ends the copies."""
     num_candidates = 0
     for start in range(0, VOCAB, BLOCK):
         token = start + tl.arange(0, BLOCK)
         score = tl.load(scores_ptr + token, mask=token < VOCAB, other=float("-inf"))
-        kept = ((_key(score) >= low) & (token < VOCAB)).to(tl.int32)
+        kept = (_key(score) >= low).to(tl.int32)
         place = num_candidates + tl.cumsum(kept, axis=0) - 1
         fits = (kept > 0) & (place < MAX_CANDIDATES)
         tl.store(candidates_ptr + place, score, mask=fits)
         tl.store(candidate_ids_ptr + place, token, mask=fits)
         num_candidates += tl.sum(kept, axis=0)
+    end = num_candidates + tl.arange(0, ALIGNMENT)
+    tl.store(candidates_ptr + end, float("-inf"), mask=end < MAX_CANDIDATES)
     return num_candidates
 
 
@@ -168,9 +172,8 @@ def _draw(
     best = tl.full((BLOCK,), NO_TOKEN, tl.int64)
     for start in range(0, num_scores, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        inside = index < num_scores
-        score = tl.load(scores_ptr + index, mask=inside, other=float("-inf"))
-        kept = inside & (_key(score) >= low) & (tl.exp2((score - row_max) * scale) >= min_p)
+        score = tl.load(scores_ptr + index, mask=index < num_scores, other=float("-inf"))
+        kept = (_key(score) >= low) & (tl.exp2((score - row_max) * scale) >= min_p)
         if tl.max(kept.to(tl.int32), axis=0) > 0:
             token = tl.load(ids_ptr + index, mask=index < num_ids, other=0)
             token = tl.where(num_ids > 0, token, index)
@@ -182,9 +185,10 @@ def _draw(
 @triton.jit
 def filter_and_draw(
     scores_ptr, group_max_ptr, candidate_ids_ptr, row_max, temperature, top_k, top_p, min_p, seed, position,
-    VOCAB: tl.constexpr, NUM_GROUPS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
-    DRAW_BLOCK: tl.constexpr,
+    VOCAB: tl.constexpr, PADDED_VOCAB: tl.constexpr, NUM_GROUPS: tl.constexpr, MAX_CANDIDATES: tl.constexpr,
+    SEARCH_BLOCK: tl.constexpr, DRAW_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The packed best token of a row. Its scores are followed, from PADDED_VOCAB on, by room for the candidates."""
     temperature = tl.maximum(temperature, _MIN_TEMPERATURE)
     scale = _LOG2_E / temperature
     low = _candidate_bound(
@@ -195,13 +199,14 @@ def filter_and_draw(
     if (top_p < 1.0) & ((top_k <= 0) | (top_k >= VOCAB)):
         mass = _mass(scores_ptr, VOCAB, _MIN_KEY, row_max, scale, SEARCH_BLOCK)
     num_candidates = _collect(
-        scores_ptr, scores_ptr + VOCAB, candidate_ids_ptr, low, VOCAB, MAX_CANDIDATES, SEARCH_BLOCK
+        scores_ptr, scores_ptr + PADDED_VOCAB, candidate_ids_ptr, low, VOCAB, MAX_CANDIDATES, SEARCH_BLOCK
     )  # fmt: skip
     # Other threads of this program read what these stored.
     tl.debug_barrier()
     is_copied = num_candidates <= MAX_CANDIDATES
-    num_scores = tl.where(is_copied, num_candidates, VOCAB)
-    scores_ptr += tl.where(is_copied, VOCAB, 0)
+    num_scores = tl.where(is_copied, tl.cdiv(num_candidates, ALIGNMENT) * ALIGNMENT, PADDED_VOCAB)
+    num_scores = tl.multiple_of(num_scores, ALIGNMENT)
+    scores_ptr += tl.multiple_of(tl.where(is_copied, PADDED_VOCAB, 0), ALIGNMENT)
 
     highest = _key(row_max)
     if has_top_k:
@@ -210,7 +215,7 @@ def filter_and_draw(
             mass = _mass(scores_ptr, num_scores, low, row_max, scale, SEARCH_BLOCK)
     if top_p < 1.0:
         low = _search(scores_ptr, num_scores, low, highest, top_p * mass, row_max, scale, True, SEARCH_BLOCK)
-    num_ids = tl.where(is_copied, num_candidates, 0)
+    num_ids = tl.where(is_copied, num_scores, 0)
     return _draw(
         scores_ptr, candidate_ids_ptr, num_scores, num_ids, low, min_p, row_max, temperature, scale, seed, position,
         DRAW_BLOCK,

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from tritonmind.kernels.sampling_state import MIN_TEMPERATURE, PROMPT_FLAG, SamplingState
-from tritonmind.kernels.triton_filters import NO_TOKEN, filter_and_draw, finite, pack, packed_score, packed_token
+from tritonmind.kernels.triton_filters import (
+    ALIGNMENT,
+    NO_TOKEN,
+    filter_and_draw,
+    finite,
+    pack,
+    packed_score,
+    packed_token,
+)
 from tritonmind.kernels.triton_gumbel import gumbel_block
 
 SCORE_BLOCK = 2048
@@ -61,10 +69,11 @@ def _score_kernel(
     seed_ptr,
     token_counts_ptr,  # [S, VOCAB]
     block_best_ptr,  # [R, NUM_BLOCKS] int64, packed; the largest score of a row with a filter, the draw of others
-    scores_ptr,  # [R, SCORES_STRIDE] fp32, written for a row with a filter
+    scores_ptr,  # [R, PADDED_VOCAB + MAX_CANDIDATES] fp32, written for a row with a filter
     group_max_ptr,  # [R, NUM_BLOCKS * BLOCK // GROUP] fp32, written for a row with a filter
     VOCAB: tl.constexpr,
-    SCORES_STRIDE: tl.constexpr,
+    PADDED_VOCAB: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -91,7 +100,8 @@ def _score_kernel(
         temperature = tl.load(temperature_ptr + slot)
         top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
         if _has_filter(temperature, top_k, top_p, min_p, VOCAB):
-            tl.store(scores_ptr + row * SCORES_STRIDE + token, score, mask=inside)
+            padded = tl.where(inside, score, float("-inf"))
+            tl.store(scores_ptr + row * (PADDED_VOCAB + MAX_CANDIDATES) + token, padded, mask=token < PADDED_VOCAB)
             groups = tl.max(tl.reshape(score, (BLOCK // GROUP, GROUP)), axis=1)
             group = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
             tl.store(group_max_ptr + row * (NUM_BLOCKS * (BLOCK // GROUP)) + group, groups)
@@ -116,12 +126,13 @@ def _choose_kernel(
     seed_ptr,
     token_counts_ptr,  # [S, VOCAB]
     block_best_ptr,  # [R, NUM_BLOCKS]
-    scores_ptr,  # [R, VOCAB + MAX_CANDIDATES] fp32; the candidates go behind the row
+    scores_ptr,  # [R, PADDED_VOCAB + MAX_CANDIDATES] fp32; the candidates go behind the row
     group_max_ptr,  # [R, GROUPS_STRIDE] fp32
     candidate_ids_ptr,  # [R, MAX_CANDIDATES] int32
     last_token_ids_ptr,  # [S] int64 or None
     out_ptr,  # [R] int64
     VOCAB: tl.constexpr,
+    PADDED_VOCAB: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     PADDED_BLOCKS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -144,10 +155,10 @@ def _choose_kernel(
         top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
         if _has_filter(temperature, top_k, top_p, min_p, VOCAB):
             best = filter_and_draw(
-                scores_ptr + row * (VOCAB + MAX_CANDIDATES), group_max_ptr + row * GROUPS_STRIDE,
+                scores_ptr + row * (PADDED_VOCAB + MAX_CANDIDATES), group_max_ptr + row * GROUPS_STRIDE,
                 candidate_ids_ptr + row * MAX_CANDIDATES, packed_score(best), temperature, top_k, top_p,
                 min_p, tl.load(seed_ptr + slot), tl.load(positions_ptr + row),
-                VOCAB, NUM_GROUPS, MAX_CANDIDATES, SEARCH_BLOCK, DRAW_BLOCK,
+                VOCAB, PADDED_VOCAB, NUM_GROUPS, MAX_CANDIDATES, SEARCH_BLOCK, DRAW_BLOCK,
             )  # fmt: skip
     token = packed_token(best)
     tl.store(out_ptr + row, token)
@@ -177,22 +188,24 @@ def sample_tokens(
         return out
     device = logits.device
     num_blocks = triton.cdiv(vocab_size, SCORE_BLOCK)
+    padded_vocab = triton.cdiv(vocab_size, ALIGNMENT.value) * ALIGNMENT.value
     groups_stride = num_blocks * (SCORE_BLOCK // GROUP)
     block_best = torch.empty((num_rows, num_blocks), dtype=torch.int64, device=device)
     scores = group_max = candidate_ids = None
     if not greedy:
-        scores = torch.empty((num_rows, vocab_size + MAX_CANDIDATES), dtype=torch.float32, device=device)
+        scores = torch.empty((num_rows, padded_vocab + MAX_CANDIDATES), dtype=torch.float32, device=device)
         group_max = torch.empty((num_rows, groups_stride), dtype=torch.float32, device=device)
         candidate_ids = torch.empty((num_rows, MAX_CANDIDATES), dtype=torch.int32, device=device)
     _score_kernel[(num_rows, num_blocks)](
         logits, slots, positions, *state, block_best, scores, group_max,
-        VOCAB=vocab_size, SCORES_STRIDE=vocab_size + MAX_CANDIDATES, BLOCK=SCORE_BLOCK, NUM_BLOCKS=num_blocks,
-        GROUP=GROUP, GREEDY=greedy, num_warps=4,
+        VOCAB=vocab_size, PADDED_VOCAB=padded_vocab, MAX_CANDIDATES=MAX_CANDIDATES, BLOCK=SCORE_BLOCK,
+        NUM_BLOCKS=num_blocks, GROUP=GROUP, GREEDY=greedy, num_warps=4,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
         slots, positions, *state, block_best, scores, group_max, candidate_ids, last_token_ids, out,
-        VOCAB=vocab_size, NUM_BLOCKS=num_blocks, PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
-        NUM_GROUPS=triton.cdiv(vocab_size, GROUP), GROUPS_STRIDE=groups_stride, MAX_CANDIDATES=MAX_CANDIDATES,
-        SEARCH_BLOCK=SEARCH_BLOCK, DRAW_BLOCK=DRAW_BLOCK, GREEDY=greedy, num_warps=1 if greedy else 16,
+        VOCAB=vocab_size, PADDED_VOCAB=padded_vocab, NUM_BLOCKS=num_blocks,
+        PADDED_BLOCKS=triton.next_power_of_2(num_blocks), NUM_GROUPS=triton.cdiv(vocab_size, GROUP),
+        GROUPS_STRIDE=groups_stride, MAX_CANDIDATES=MAX_CANDIDATES, SEARCH_BLOCK=SEARCH_BLOCK, DRAW_BLOCK=DRAW_BLOCK,
+        GREEDY=greedy, num_warps=1 if greedy else 16,
     )  # fmt: skip
     return out
