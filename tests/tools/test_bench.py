@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from tritonmind_tools.bench.shapes import SHAPES, shape_name
 from tritonmind_tools.bench.static import step_bytes
 from tritonmind_tools.bench.timing import seconds_per_call
 from tritonmind_tools.bench.trace import account, group_of, short_name
-from tritonmind_tools.cli import main
+from tritonmind_tools.cli import build_parser, main
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,24 @@ def assert_facts(results: dict[str, Any]) -> None:
     assert set(results) >= {"card", "driver", "versions", "commit", "command", "date", "rows"}
     assert results["versions"]["torch"] == torch.__version__
     datetime.fromisoformat(results["date"])
+
+
+def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc1234")
+    assert machine.commit() != "abc1234"
+    monkeypatch.setenv("PATH", "")
+    assert machine.commit() == "abc1234"
+    monkeypatch.delenv(machine.COMMIT_VARIABLE)
+    assert machine.commit() == "no checkout"
+
+
+def test_commands_of_the_gpu_page_are_understood() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text()
+    commands = re.findall(r"^tritonmind (bench .*)$", page, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
+    assert f"export {machine.COMMIT_VARIABLE}=" in page
 
 
 @pytest.mark.parametrize("sizes", ["", "0", "1,x", "-1"])
