@@ -114,7 +114,7 @@ def test_every_request_ends_as_it_was_asked_to(soak: Soak) -> None:
         f"{num_tokens / SOAK_SECONDS:.0f} tok/s, time to first token p50 {percentiles[49] * 1e3:.0f} ms, "
         f"p99 {percentiles[98] * 1e3:.0f} ms"
     )
-    assert cancelled > len(soak.outcomes) / 20
+    assert cancelled > len(soak.outcomes) / 40
     for outcome in soak.outcomes:
         assert not outcome.error
         assert outcome.num_finals == (not outcome.cancelled)

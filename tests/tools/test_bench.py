@@ -21,7 +21,7 @@ from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
 from tritonmind_tools.bench.static import step_bytes
 from tritonmind_tools.bench.timing import seconds_per_call
-from tritonmind_tools.bench.trace import account, group_of, short_name
+from tritonmind_tools.bench.trace import OTHER_GROUP, account, group_of, short_name
 from tritonmind_tools.cli import build_parser, main
 
 
@@ -292,3 +292,12 @@ def test_an_operator_counts_without_those_it_calls() -> None:
 def test_names_are_short_and_sorted_by_kind(name: str, short: str, group: str) -> None:
     assert short_name(name) == short
     assert group_of(short) == group
+
+
+def test_each_of_our_kernels_has_a_kind() -> None:
+    folder = Path(kernel_cases.kernels.__file__).parent
+    sources = "".join(path.read_text() for path in folder.glob("triton_*.py"))
+    launched = re.findall(r"\b(_\w+_kernel)\[", sources)
+    assert len(launched) >= 8
+    for name in launched:
+        assert group_of(name) != OTHER_GROUP, name

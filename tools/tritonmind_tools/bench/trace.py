@@ -22,12 +22,12 @@ GROUPS = (
     ("decode attention", re.compile(r"_decode_kernel|_combine_kernel|decode_attention")),
     ("prefill attention", re.compile(r"_prefill_kernel|prefill_attention")),
     ("attention", re.compile(r"scaled_dot_product")),
-    ("matrix products", re.compile(r"gemm|gemv|nvjet|cutlass|splitk|xmma|\b(add)?mm$|\bb?addbmm$|\bbmm$", re.I)),
-    ("norm", re.compile(r"rms_norm|::(rsqrt|_fused_rms_norm)")),
+    ("matrix products", re.compile(r"gemm|gemv|nvjet|cutlass|splitk|xmma|::(add|b)?mm$", re.I)),
+    ("norm", re.compile(r"rms_norm")),
     ("rotary and KV write", re.compile(r"rotary|kv_write")),
     ("activation", re.compile(r"silu")),
-    ("sampling", re.compile(r"sample|threshold|logprob|argmax|topk|reduce_kernel.*ArgMax", re.I)),
-    ("step inputs", re.compile(r"_prepare_tokens|_write_block_tables|gather_rows|embedding|indexSelect", re.I)),
+    ("sampling", re.compile(r"_score_kernel|_choose_kernel|logprob|argmax|topk", re.I)),
+    ("step inputs", re.compile(r"_prepare_tokens|_write_block_tables|gather_rows|embedding", re.I)),
     ("copies", re.compile(r"memcpy|memset|copy|fill", re.I)),
 )
 OTHER_GROUP = "other"
