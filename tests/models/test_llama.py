@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.checkpoints import LLAMA3_ROPE, make_llama_checkpoint
+from tests.models.prompts import SMOLLM2_PROMPTS
 from tests.workspaces import convert
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
@@ -33,28 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "rope-theta": {"rope_theta": 500000.0, "head_dim": 32},
 }
-SMOLLM2_PROMPTS = (
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "Explain why the sky is blue to a child.",
-    "List three uses of a paper clip.",
-    "def fibonacci(n):\n    ",
-    "Translate to German: The weather is nice today.",
-    "Who wrote Romeo and Juliet, and when?",
-    "Summarise the water cycle in two sentences.",
-    "12 * 13 =",
-    "Give me a recipe for pancakes.",
-    "What happens when ice melts?",
-    "Once upon a time, in a village by a river,",
-    "Name the planets of the solar system in order.",
-    "How do vaccines work?",
-    "Schreibe einen Satz über den Herbst.",
-    "今天天气怎么样?",
-    "The quick brown fox",
-    "Write an SQL query that counts users by country.",
-    "What is the difference between a list and a tuple in Python?",
-    "Tell me a joke about computers. 😀",
-)
 
 
 @torch.inference_mode()
