@@ -27,6 +27,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    priority: int = 0  # the lower, the earlier it runs and the later it is preempted
 
     @property
     def has_penalty(self) -> bool:
@@ -55,6 +56,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache.
     stop_token_id: the id that ended it, which is the last of token_ids. error: set with finish_reason "error".
+    queue_time_s: from the engine's taking the request to its first admission; set with the first token.
     """
 
     request_id: int
@@ -64,6 +66,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    queue_time_s: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +112,7 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine loop is alive. Sent about every second, busy or idle."""
+    """The engine loop is alive. Sent a few times a second, busy or idle."""
 
     stats: EngineStats
 

@@ -10,6 +10,7 @@ How the counts relate, for a sequence whose known tokens are `token_ids`:
 
 from __future__ import annotations
 
+import time
 from enum import Enum, auto
 
 from tritonmind.messages import EngineRequest, FinishReason
@@ -26,6 +27,7 @@ class Sequence:
 
     __slots__ = (
         "admission",
+        "arrival",
         "block_hashes",
         "block_table",
         "finish_reason",
@@ -34,6 +36,8 @@ class Sequence:
         "num_computed_tokens",
         "num_pending_tokens",
         "num_prompt_tokens",
+        "queue_time_s",
+        "queued_at",
         "request",
         "slot",
         "status",
@@ -41,8 +45,11 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, arrival: int = 0) -> None:
         self.request = request
+        self.arrival = arrival  # requests are numbered as they come
+        self.queued_at = time.monotonic()
+        self.queue_time_s: float | None = None  # set when first admitted
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0

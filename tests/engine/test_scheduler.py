@@ -14,12 +14,18 @@ from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.scheduler import Scheduler
 from tritonmind.messages import EngineRequest, TokenOutput
+from tritonmind.sequence import SequenceStatus
 
 BLOCK = 4
 
 
 def request(
-    request_id: int, prompt: list[int], max_tokens: int, stop_token_ids: list[int] | None = None
+    request_id: int,
+    prompt: list[int],
+    max_tokens: int,
+    stop_token_ids: list[int] | None = None,
+    *,
+    priority: int = 0,
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
@@ -30,6 +36,7 @@ def request(
         top_p=1.0,
         seed=0,
         stop_token_ids=stop_token_ids or [],
+        priority=priority,
     )
 
 
@@ -47,11 +54,15 @@ class Driver:
         self.in_flight: deque = deque()
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.finals: dict[int, TokenOutput] = {}
+        self.queue_times: dict[int, float] = {}
 
     def take(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
             assert output.request_id not in self.finals, "an output after the last one"
             self.tokens[output.request_id].extend(output.token_ids)
+            if output.queue_time_s is not None:
+                assert output.request_id not in self.queue_times, "a queue time came twice"
+                self.queue_times[output.request_id] = output.queue_time_s
             if output.finish_reason is not None:
                 self.finals[output.request_id] = output
 
@@ -156,6 +167,46 @@ def test_the_earliest_sequence_is_never_preempted() -> None:
     driver.run()
 
 
+def test_waiting_requests_run_by_priority_then_arrival() -> None:
+    driver = Driver(num_blocks=40, depth=0, max_num_seqs=1)
+    priorities = [5, 5, 1, 9, 1, 5]
+    for number, priority in enumerate(priorities):
+        driver.scheduler.add(request(number, [number], 3, priority=priority))
+    driver.run()
+    assert list(driver.finals) == [2, 4, 0, 1, 5, 3]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_late_urgent_request_is_never_preempted_for_the_others(depth: int) -> None:
+    driver = Driver(num_blocks=10, depth=depth)
+    for number in range(3):
+        driver.scheduler.add(request(number, [number] * 5, 20, priority=7))
+    driver.step()
+    driver.scheduler.add(request(3, [3] * 5, 20, priority=2))
+    urgent = driver.scheduler.waiting[0]
+    assert urgent.request_id == 3, "it did not pass those that wait"
+    while urgent.request_id not in driver.finals:
+        driver.step()
+        assert urgent.status is not SequenceStatus.WAITING
+    assert driver.scheduler.num_preemptions > 0, "the test is about preemption"
+    driver.run()
+    for number in range(4):
+        assert driver.tokens[number] == generate([number] * 5, 20)
+
+
+def test_the_time_in_the_queue_ends_with_the_admission(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("tritonmind.engine.scheduler.time.monotonic", lambda: clock[0])
+    driver = Driver(num_blocks=40, depth=0, max_num_seqs=1)
+    driver.scheduler.add(request(0, [1], 3))
+    driver.scheduler.add(request(1, [2], 3))
+    while not driver.scheduler.running or driver.scheduler.running[0].request_id == 0:
+        driver.step()
+        clock[0] += 0.5
+    driver.run()
+    assert driver.queue_times == {0: 0.0, 1: 1.5}
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_cached_tokens_are_counted(depth: int) -> None:
     driver = Driver(num_blocks=20, depth=depth)
@@ -203,7 +254,7 @@ def test_random_traffic(seed: int, depth: int, num_blocks: int, budget: int, cac
         # Few distinct tokens, so that prefixes are often shared.
         prompt = [draw.randrange(2)] * draw.randrange(1, 25) + [draw.randrange(3) for _ in range(draw.randrange(5))]
         stop = [draw.randrange(97) for _ in range(draw.randrange(8))]
-        requests[number] = request(number, prompt, draw.randrange(1, 15), stop)
+        requests[number] = request(number, prompt, draw.randrange(1, 15), stop, priority=draw.randrange(3))
         driver.scheduler.add(requests[number])
         if draw.random() < 0.3:
             victim = draw.choice(list(requests))

@@ -65,7 +65,7 @@ class EngineClient(ABC):
 
     @property
     def latest_stats(self) -> EngineStats | None:
-        """The statistics of the last heartbeat, at most about a second old; None before the first."""
+        """The statistics of the last heartbeat, a step or a quarter of a second old; None before the first."""
         return self._latest_stats
 
     def next_request_id(self) -> int:

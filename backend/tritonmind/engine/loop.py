@@ -1,7 +1,7 @@
 """The engine's own loop: messages in, steps, messages out. Runs in a process of its own or in a thread.
 
 Order of one turn: take every message that has come (waiting for one only when idle), step, send the step's outputs as
-one message, then, once a second, a heartbeat. Becoming idle runs the integrity check.
+one message, then, a few times a second, a heartbeat. Becoming idle runs the integrity check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tritonmind.messages import (
     ToEngine,
 )
 
-HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 0.25
 
 Receive = Callable[[float], list[ToEngine]]  # waits up to that many seconds for the first message
 Send = Callable[[FromEngine], None]

@@ -4,10 +4,11 @@ Order of one `schedule()`:
  1. every running sequence that has one token left to compute (decode) gets it; a step's token budget is never smaller
     than the number of running sequences, so decodes do not starve;
  2. running sequences in the middle of their prompt get a chunk from what is left of the budget;
- 3. waiting sequences are admitted first come, first served, while slots, blocks and budget last.
-A sequence that cannot get a block takes it from the most recently admitted running sequence, which is preempted: it
-loses its blocks, goes to the head of the queue, and recomputes (or finds in the prefix cache) what it had. No sequence
-is admitted in a step that preempted one.
+ 3. waiting sequences are admitted while slots, blocks and budget last: lower priority numbers first, and first come,
+    first served among equals.
+A sequence that cannot get a block takes it from the running sequence of the highest priority number, among equals the
+most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
+recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
 
 `update()` takes the sampled ids of a step. One more step may have been scheduled in between: a sequence that ended is
 then in flight once more, and that token is thrown away.
@@ -15,7 +16,8 @@ then in flight once more, and that token is thrown away.
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from bisect import insort
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -56,9 +58,10 @@ class Scheduler:
         assert config.max_num_batched_tokens >= config.max_num_seqs
         self.config = config
         self.block_manager = block_manager
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: list[Sequence] = []  # in order of priority, then arrival
+        self.running: list[Sequence] = []  # in order of priority, then admission
         self.num_preemptions = 0
+        self._num_arrivals = 0
         self._num_admissions = 0
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._live: dict[int, Sequence] = {}
@@ -71,9 +74,10 @@ class Scheduler:
         """Queue a request. It must fit the context and carry an id that is not live (the client checked both)."""
         assert request.request_id not in self._live
         assert 0 < len(request.prompt_token_ids) < self.config.max_model_len
-        seq = Sequence(request)
+        seq = Sequence(request, self._num_arrivals)
+        self._num_arrivals += 1
         self._live[request.request_id] = seq
-        self.waiting.append(seq)
+        insort(self.waiting, seq, key=_queue_order)
 
     def abort(self, request_ids: Iterable[int]) -> list[TokenOutput]:
         """End these requests now. Returns their last outputs; ids that are not live are ignored."""
@@ -92,8 +96,8 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         num_preemptions_before = self.num_preemptions
 
-        # Preemption shrinks self.running while we walk it, hence the copies. It takes the last admitted first, so it
-        # never takes back what this step has already given to an earlier one.
+        # Preemption shrinks self.running while we walk it, hence the copies. It takes from the end, so it never takes
+        # back what this step has already given to an earlier one.
         for seq in [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]:
             if seq.status is SequenceStatus.RUNNING and not self._is_complete(seq) and self._grow(seq, decodes):
                 decodes.append(self._take(seq, 1))
@@ -110,7 +114,7 @@ class Scheduler:
                 # The token of a preempted sequence may still be in flight; it is needed to recompute.
                 if seq.num_pending_tokens or not self.block_manager.admit(seq):
                     break
-                self.waiting.popleft()
+                del self.waiting[0]
                 self._start(seq)
                 num_new = min(budget, seq.num_tokens - seq.num_computed_tokens)
                 item = self._take(seq, num_new)
@@ -146,6 +150,8 @@ class Scheduler:
         """Re-derive every invariant of queues, slots and blocks; AssertionError if one does not hold."""
         assert len(self.waiting) + len(self.running) == len(self._live)
         assert {s.request_id for s in [*self.waiting, *self.running]} == self._live.keys()
+        assert self.waiting == sorted(self.waiting, key=_queue_order)
+        assert self.running == sorted(self.running, key=_running_order)
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and seq.slot == -1 and not seq.block_table
         for seq in self.running:
@@ -184,7 +190,8 @@ class Scheduler:
         self._num_admissions += 1
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed_tokens
-        self.running.append(seq)
+            seq.queue_time_s = time.monotonic() - seq.queued_at
+        insort(self.running, seq, key=_running_order)
 
     def _stop(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
@@ -198,7 +205,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self._stop(seq)
         seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
+        insort(self.waiting, seq, key=_queue_order)
         self.num_preemptions += 1
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
@@ -216,6 +223,14 @@ class Scheduler:
         return None
 
 
+def _queue_order(seq: Sequence) -> tuple[int, int]:
+    return seq.request.priority, seq.arrival
+
+
+def _running_order(seq: Sequence) -> tuple[int, int]:
+    return seq.request.priority, seq.admission
+
+
 def _output(seq: Sequence, token_ids: list[int]) -> TokenOutput:
     return TokenOutput(
         request_id=seq.request_id,
@@ -224,4 +239,5 @@ def _output(seq: Sequence, token_ids: list[int]) -> TokenOutput:
         num_cached_tokens=seq.num_cached_tokens or 0,
         finish_reason=seq.finish_reason,
         stop_token_id=token_ids[-1] if seq.finish_reason == "stop" else None,
+        queue_time_s=seq.queue_time_s if len(seq.token_ids) == seq.num_prompt_tokens + len(token_ids) else None,
     )
