@@ -24,10 +24,11 @@ SERVER_API = "triton_python_backend_utils"
 
 # Within the package each folder may import itself, what stands here, and the modules below all folders.
 FOLDERS_BELOW = {
+    "checkpoints": set(),
     "kernels": set(),
     "layers": {"kernels"},
     "models": {"layers", "kernels"},
-    "engine": {"models", "layers", "kernels"},
+    "engine": {"models", "layers", "kernels", "checkpoints"},
 }
 FLAT_MODULES_BELOW_ALL = {"config", "errors", "messages"}
 # The adapter's side of the package: what the process of model.py may hold. None of it imports torch.
@@ -111,7 +112,7 @@ def test_kernels_know_torch_and_triton_only() -> None:
         assert not upwards, f"{name} imports {upwards}: kernels see tensors and numbers, nothing else"
 
 
-@pytest.mark.parametrize("folder", ["layers", "models", "engine"])
+@pytest.mark.parametrize("folder", ["checkpoints", "layers", "models", "engine"])
 def test_engine_and_below_know_no_server_and_no_web(folder: str) -> None:
     for name in modules_in(f"tritonmind.{folder}"):
         assert not outside(name) & (WEB_FRAMEWORKS | {SERVER_API, "tritonclient"}), f"{name} imports {outside(name)}"

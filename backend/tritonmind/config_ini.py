@@ -66,15 +66,23 @@ class _Entry(typing.NamedTuple):
     where: str  # file:line
 
 
+def new_settings(*, session_len: int, tensor_parallel_size: int) -> dict[str, Any]:
+    """The settings, as {field: value}, of a model that nobody has edited a config.ini for: the defaults and these."""
+    defaults = {
+        field.name: field.default
+        for cls, name in SETTINGS.values()
+        for field in dataclasses.fields(cls)
+        if field.name == name and field.default is not dataclasses.MISSING
+    }
+    return {**defaults, "max_model_len": session_len, "tensor_parallel_size": tensor_parallel_size}
+
+
 def render_config_ini(template: str, model: ModelConfig, *, session_len: int, tensor_parallel_size: int) -> str:
     """Fill the template for a new workspace: facts from the model, settings from the configuration's defaults."""
     values: dict[str, Value] = {key: fact(model) for key, fact in FACTS.items()}
-    for key, (cls, name) in SETTINGS.items():
-        default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
-        if default is not dataclasses.MISSING:
-            values[key] = default
-    values |= FIXED
-    values |= {"session_len": session_len, "tensor_para_size": tensor_parallel_size, USE_LOGN_ATTN: 0}
+    settings = new_settings(session_len=session_len, tensor_parallel_size=tensor_parallel_size)
+    values |= {key: settings[name] for key, (_, name) in SETTINGS.items()}
+    values |= {**FIXED, USE_LOGN_ATTN: 0}
     scaling = model.rope_scaling
     values[ROPE_SCALING_FACTOR] = scaling.factor if scaling and scaling.rope_type == "dynamic" else 0.0
     lines = []

@@ -210,13 +210,21 @@ def _header(specs: list[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _stored_bytes(spec: TensorSpec, piece: torch.Tensor) -> memoryview:
+def to_stored(spec: TensorSpec, block: torch.Tensor) -> torch.Tensor:
+    """`block` of rows in the stored dtype. Raises CheckpointError when a finite value does not fit it."""
     import torch
 
     dtype = torch_dtype(spec.dtype)
-    stored = piece.to(dtype).contiguous()
-    if dtype == torch.float16 and piece.dtype != dtype and not torch.isfinite(stored).all():
+    stored = block.to(dtype)
+    if dtype == torch.float16 and block.dtype != dtype and not torch.isfinite(stored).all():
         raise CheckpointError(
-            f"{spec.name} holds values that fp16 cannot: convert with --weight-type bf16 or --weight-type fp32"
+            f"{spec.name} holds values that fp16 cannot: convert with --weight-type bf16 or --weight-type fp32, "
+            "or serve the checkpoint with dtype bf16 or fp32"
         )
-    return stored.flatten().view(torch.uint8).numpy().data
+    return stored
+
+
+def _stored_bytes(spec: TensorSpec, piece: torch.Tensor) -> memoryview:
+    import torch
+
+    return to_stored(spec, piece).contiguous().flatten().view(torch.uint8).numpy().data

@@ -71,7 +71,10 @@ class Workspace:
             raise WorkspaceError(
                 f"{given} is a checkpoint, no workspace: run `tritonmind convert MODEL_NAME {given}` first"
             )
-        raise WorkspaceError(f"{given} is no workspace: it has no {MODEL_DIR / VERSION / 'weights' / INDEX_NAME}")
+        raise WorkspaceError(
+            f"{given} is no workspace: it has no {MODEL_DIR / VERSION / 'weights' / INDEX_NAME}; "
+            "nor is it a checkpoint: it has no config.json"
+        )
 
     def engine_config(self, **overrides: Any) -> EngineConfig:
         """The engine's configuration from config.ini and `overrides`, which win.

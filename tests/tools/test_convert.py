@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_llama_checkpoint
 from tests.converted import assert_same, expected_tensors, read_all
 
+from tritonmind.checkpoints import gguf_checkpoint, hf_checkpoint
+from tritonmind.checkpoints.hf_checkpoint import HfCheckpoint
+from tritonmind.checkpoints.plan import conversion_plan
 from tritonmind.errors import CheckpointError, ConfigError, TritonmindError, WorkspaceError
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 from tritonmind.workspace import Workspace
-from tritonmind_tools import gguf_checkpoint, hf_checkpoint
 from tritonmind_tools.cli import main
 from tritonmind_tools.convert import convert
-from tritonmind_tools.convert_plan import conversion_plan
-from tritonmind_tools.hf_checkpoint import HfCheckpoint
 
 
 @pytest.fixture(scope="module")

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
-from tritonmind.config import WeightType
-from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind.checkpoints.reading import AUTO, WEIGHT_TYPES
+from tritonmind.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from tritonmind.config import ModelConfig
     from tritonmind.workspace_writer import WorkspaceWriter
-    from tritonmind_tools.checkpoint import Checkpoint
 
 DEFAULT_DESTINATION = Path("workspace")
 DEFAULT_TP = 1
-AUTO = "auto"
-WEIGHT_TYPES = (AUTO, *(name for name in get_args(WeightType) if name != "int4"))
 MODEL_FORMATS = ("hf",)
 
-# fp32 checkpoints are served in fp16 unless asked otherwise: half the memory, and the GPU kernels' type.
-_AUTO_WEIGHT_TYPE: dict[str, WeightType] = {"F16": "fp16", "BF16": "bf16", "F32": "fp16"}
-_COMPARED_ROWS = 8192
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -117,24 +112,27 @@ def convert(
     CheckpointError for a checkpoint that cannot be converted, ConfigError for options that do not fit it,
     WorkspaceError for a destination that must not be replaced. A conversion that fails leaves nothing behind.
     """
+    from tritonmind.checkpoints.reading import model_config, open_checkpoint, read_weights
+    from tritonmind.checkpoints.tokenizer_files import special_token_id
     from tritonmind.tensor_layout import check_tensor_parallel
     from tritonmind.workspace_writer import WorkspaceWriter, check_destination
-    from tritonmind_tools.convert_plan import check_tensors
 
     if not _MODEL_NAME.fullmatch(model_name):
         raise ConfigError(f"MODEL_NAME={model_name!r} must consist of letters, digits, '.', '_' and '-'")
     check_destination(destination, force)
-    try:
-        checkpoint = _open_checkpoint(path)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    checkpoint = open_checkpoint(path)
     with tempfile.TemporaryDirectory(prefix="tritonmind-") as staged:
         tokenizer_dir = Path(staged, "tokenizer")
         tokenizer_dir.mkdir()
         checkpoint.write_tokenizer(tokenizer_dir, tokenizer_path)
-        model = _model_config(checkpoint, model_name, weight_type, tokenizer_dir)
+        model = model_config(
+            checkpoint,
+            model_name=model_name,
+            weight_type=weight_type,
+            special_token_id=partial(special_token_id, tokenizer_dir),
+        )
         check_tensor_parallel(model, tp)
-        check_tensors(model, checkpoint.tensors, path)
+        weights = read_weights(checkpoint, model, tp)
         with WorkspaceWriter(
             destination,
             model,
@@ -145,102 +143,18 @@ def convert(
             force=force,
         ) as writer:
             shutil.copytree(tokenizer_dir, writer.tokenizer_dir, dirs_exist_ok=True)
-            _write_weights(checkpoint, tp, model, writer, on_progress)
+            _write_weights(weights, writer, on_progress)
             writer.commit()
     return model
 
 
-def _open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, a directory or a .gguf file.
-
-    Raises CheckpointError when there is none, OSError when one of its files may not be read.
-    """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist: give the directory of a downloaded checkpoint or a .gguf file "
-            "(models are not downloaded by name)"
-        )
-    if path.is_dir():
-        from tritonmind_tools.hf_checkpoint import HfCheckpoint
-
-        return HfCheckpoint(path)
-    if path.suffix.lower() == ".gguf":
-        from tritonmind_tools.gguf_checkpoint import GgufCheckpoint
-
-        return GgufCheckpoint(path)
-    raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
-
-
-def _model_config(checkpoint: Checkpoint, model_name: str, weight_type: str, tokenizer_dir: Path) -> ModelConfig:
-    from tritonmind_tools.checkpoint import CONFIG, GENERATION_CONFIG
-    from tritonmind_tools.hf_config import check_architecture, model_config_from_hf, token_ids
-    from tritonmind_tools.tokenizer_files import special_token_id
-
-    where = checkpoint.path / CONFIG if checkpoint.path.is_dir() else checkpoint.path
-    check_architecture(checkpoint.config, where)
-
-    def special_ids(role: str) -> tuple[int, ...]:
-        key = f"{role}_id"
-        generation = token_ids(checkpoint.generation_config.get(key), checkpoint.path / GENERATION_CONFIG, key)
-        from_tokenizer = special_token_id(tokenizer_dir, role)
-        return generation or token_ids(checkpoint.config.get(key), where, key) or token_ids(from_tokenizer, where, key)
-
-    eos_ids = special_ids("eos_token")
-    if not eos_ids:
-        raise CheckpointError(f"{where}: eos_token_id is neither there nor in {GENERATION_CONFIG} nor in the tokenizer")
-    # Some models have no token that begins a text; start_id must be one, and nothing puts it before a prompt by itself.
-    bos_ids = special_ids("bos_token") or eos_ids
-    chosen = _AUTO_WEIGHT_TYPE[_main_dtype(checkpoint)] if weight_type == AUTO else cast(WeightType, weight_type)
-    return model_config_from_hf(
-        checkpoint.config,
-        where,
-        model_name=model_name,
-        weight_type=chosen,
-        bos_token_id=bos_ids[0],
-        eos_token_ids=eos_ids,
-    )
-
-
-def _main_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that most elements of the checkpoint have: norms are sometimes kept in a wider one."""
-    counts: Counter[str] = Counter()
-    for tensor in checkpoint.tensors.values():
-        counts[tensor.dtype] += math.prod(tensor.shape)
-    dtype = max(counts, key=lambda name: counts[name], default="")
-    if dtype not in _AUTO_WEIGHT_TYPE:
-        raise CheckpointError(
-            f"{checkpoint.path}: its tensors are {dtype or 'none'}, not one of {', '.join(_AUTO_WEIGHT_TYPE)}"
-        )
-    return dtype
-
-
 def _write_weights(
-    checkpoint: Checkpoint,
-    tp: int,
-    model: ModelConfig,
+    weights: Iterable[tuple[str, list[torch.Tensor]]],
     writer: WorkspaceWriter,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    from tritonmind_tools.convert_plan import EMBEDDING, HEAD, conversion_plan
-
-    if model.tie_word_embeddings and HEAD in checkpoint.tensors:
-        _check_tied_head(checkpoint, EMBEDDING, HEAD)
     done = 0
-    for step in conversion_plan(model, tp):
-        done += writer.write(step.target, *(checkpoint.read(*part) for part in step.parts))
+    for name, blocks in weights:
+        done += writer.write(name, *blocks)
         if on_progress is not None:
             on_progress(done, writer.num_bytes)
-
-
-def _check_tied_head(checkpoint: Checkpoint, embedding: str, head: str) -> None:
-    rows = checkpoint.tensors[embedding].shape[0]
-    same_shape = checkpoint.tensors[head].shape == checkpoint.tensors[embedding].shape
-    for start in range(0, rows, _COMPARED_ROWS):
-        stop = min(rows, start + _COMPARED_ROWS)
-        if not same_shape or not checkpoint.read(head, 0, start, stop).equal(
-            checkpoint.read(embedding, 0, start, stop)
-        ):
-            raise CheckpointError(
-                f"{checkpoint.path}: tie_word_embeddings is true, but {head} is not the same as {embedding}: "
-                "set tie_word_embeddings to false in config.json, or remove that tensor"
-            )

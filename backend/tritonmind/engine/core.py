@@ -18,7 +18,7 @@ from tritonmind.engine.executor import Executor
 from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
 from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
 from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
-from tritonmind.workspace import Workspace
+from tritonmind.model_source import ModelSource
 
 
 class _InFlight(NamedTuple):
@@ -29,10 +29,10 @@ class _InFlight(NamedTuple):
 class EngineCore:
     """Scheduler, blocks and executor of one model."""
 
-    def __init__(self, workspace: Workspace, config: EngineConfig) -> None:
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
         limits = resolve_limits(config)
         self.config = config = dataclasses.replace(config, scheduler=limits)
-        self.executor = Executor(workspace, config)
+        self.executor = Executor(source, config)
         runner = self.executor.runner
         self.block_manager = BlockManager(
             runner.memory_plan.num_blocks,

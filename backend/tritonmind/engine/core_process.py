@@ -1,6 +1,6 @@
 """The engine in its own process: `python -m tritonmind.engine.core_process`, started by `client.py` only.
 
-The first line of standard input is a JSON object: the workspace, the overrides, and the two ipc addresses. Standard
+The first line of standard input is a JSON object: the model's path, the overrides, and the two ipc addresses. Standard
 input then stays open as a lifeline: when it ends, the parent is gone and so are we, wherever the loop is.
 """
 
@@ -22,7 +22,7 @@ from tritonmind.engine.core import EngineCore
 from tritonmind.engine.loop import run_engine
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import EngineFailed, FromEngine, ToEngine
-from tritonmind.workspace import Workspace
+from tritonmind.model_source import open_model
 
 LIFELINE_FD = 0  # standard input
 LINGER_MS = 2000  # how long the last message may take to reach the parent
@@ -55,8 +55,9 @@ def main() -> int:
         outbox.send(encoder.encode(message))
 
     try:
-        workspace = Workspace.open(setup["workspace"])
-        core = EngineCore(workspace, workspace.engine_config(**setup["overrides"]))
+        overrides = setup["overrides"]
+        source = open_model(setup["model"], dtype=overrides.get("dtype", "auto"))
+        core = EngineCore(source, source.engine_config(**overrides))
         # Weights and modules live as long as we do: keep the collector from walking them during a step.
         gc.collect()
         gc.freeze()

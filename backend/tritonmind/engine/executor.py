@@ -6,18 +6,18 @@ from tritonmind.config import EngineConfig
 from tritonmind.engine.model_runner import ModelRunner, StepHandle
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.errors import ConfigError
-from tritonmind.workspace import Workspace
+from tritonmind.model_source import ModelSource
 
 
 class Executor:
     """One ModelRunner in this process."""
 
-    def __init__(self, workspace: Workspace, config: EngineConfig) -> None:
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
         if config.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_para_size={config.tensor_parallel_size}: this version serves one rank; convert with --tp 1"
             )
-        self.runner = ModelRunner(workspace, config)
+        self.runner = ModelRunner(source, config)
 
     def execute(self, output: SchedulerOutput) -> StepHandle:
         """Launch a step; its handle waits for it."""

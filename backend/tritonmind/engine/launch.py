@@ -6,13 +6,13 @@ from tritonmind.engine.client import EngineClient
 
 
 def start_engine(
-    workspace_path: str,
+    model_path: str,
     overrides: dict[str, object],
     *,
     in_process: bool = False,
     python: str | None = None,
 ) -> EngineClient:
-    """Start an engine on a workspace and wait until it is ready.
+    """Start an engine on a workspace or a checkpoint and wait until it is ready.
 
     overrides: fields of EngineConfig and of its parts, over config.ini. in_process: a thread here instead of a process
     of its own. python: the interpreter of that process; by default one like ours is looked for.
@@ -23,10 +23,10 @@ def start_engine(
     if in_process:
         from tritonmind.engine.thread_client import ThreadEngineClient
 
-        client = ThreadEngineClient(workspace_path, overrides)
+        client = ThreadEngineClient(model_path, overrides)
     else:
         from tritonmind.engine.process_client import ProcessEngineClient
 
-        client = ProcessEngineClient(workspace_path, overrides, python=python)
+        client = ProcessEngineClient(model_path, overrides, python=python)
     client.wait_ready()
     return client

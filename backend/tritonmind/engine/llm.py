@@ -1,4 +1,4 @@
-"""The Python API: a workspace, text or token ids in, text out."""
+"""The Python API: a workspace or a checkpoint, text or token ids in, text out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tritonmind.chat_template import Message, load_chat_template
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
+from tritonmind.model_source import open_model
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve
 from tritonmind.text_stream import TextDelta, TextStream
 from tritonmind.tokenizer import Tokenizer
-from tritonmind.workspace import Workspace
 
 # Text as it stands, token ids, or a conversation for the chat template.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
@@ -56,16 +56,17 @@ class _Answer:
 class LLM:
     """A model ready to generate. Close it, or use it as a context manager: the engine is a process of its own.
 
-    overrides: fields of EngineConfig and of its parts, over the workspace's config.ini.
+    model_path: a workspace, or the Hugging Face directory or GGUF file that one could be made of. overrides: fields of
+    EngineConfig and of its parts, over the workspace's config.ini.
     """
 
-    def __init__(self, workspace_path: str, *, in_process: bool = False, **overrides: object) -> None:
-        workspace = Workspace.open(workspace_path)
-        self.model = workspace.model
-        self.tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
-        self.chat_template = load_chat_template(workspace.tokenizer_dir, self.tokenizer.special_tokens)
-        self.defaults = GenerationDefaults.from_dir(workspace.tokenizer_dir)
-        self.engine = start_engine(workspace_path, dict(overrides), in_process=in_process)
+    def __init__(self, model_path: str, *, in_process: bool = False, **overrides: object) -> None:
+        source = open_model(model_path, dtype=overrides.get("dtype", "auto"))
+        self.model = source.model
+        self.tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
+        self.chat_template = load_chat_template(source.tokenizer_dir, self.tokenizer.special_tokens)
+        self.defaults = GenerationDefaults.from_dir(source.tokenizer_dir)
+        self.engine = start_engine(model_path, dict(overrides), in_process=in_process)
 
     def __enter__(self) -> LLM:
         return self
@@ -140,6 +141,6 @@ class LLM:
         return delta
 
 
-def pipeline(workspace_path: str, **overrides: object) -> LLM:
-    """The LLM of a workspace, as `LLM(workspace_path, **overrides)`."""
-    return LLM(workspace_path, **overrides)  # type: ignore[arg-type]
+def pipeline(model_path: str, **overrides: object) -> LLM:
+    """The LLM of a workspace or a checkpoint, as `LLM(model_path, **overrides)`."""
+    return LLM(model_path, **overrides)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import NUM_BUFFERS
 from tritonmind.kernels import PREFILL_VARIANTS, decode_variants
+from tritonmind.model_source import ModelSource
 from tritonmind.models.weight_loader import load_model
-from tritonmind.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class ModelRunner:
     logits: [max_num_seqs, vocab_size], those of the last step by sampling row. memory_plan: where the memory went.
     """
 
-    def __init__(self, workspace: Workspace, config: EngineConfig) -> None:
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config, self.device)
         check_device(self.device)
@@ -72,7 +72,7 @@ class ModelRunner:
         )
         self.model = load_model(
             config.model,
-            workspace.tensors(rank=0),
+            source.tensors(rank=0),
             max_model_len=config.scheduler.max_model_len,
             dtype=self.dtype,
             device=self.device,

@@ -27,7 +27,7 @@ POLL_MS = 100  # how soon the end of the engine's process is noticed
 class ProcessEngineClient(EngineClient):
     """Owns the engine's process, the sockets, and the thread that receives from it."""
 
-    def __init__(self, workspace_path: str, overrides: Mapping[str, object], *, python: str | None = None) -> None:
+    def __init__(self, model_path: str, overrides: Mapping[str, object], *, python: str | None = None) -> None:
         super().__init__()
         interpreter = python or find_interpreter()
         parent = None if len(tempfile.gettempdir()) < MAX_SOCKET_DIRECTORY_LENGTH else "/tmp"
@@ -43,7 +43,7 @@ class ProcessEngineClient(EngineClient):
         self._encoder = msgspec.msgpack.Encoder()
         self._closing = threading.Event()
         setup: dict[str, object] = {
-            "workspace": str(Path(workspace_path).resolve()),
+            "model": str(Path(model_path).resolve()),
             "overrides": dict(overrides),
             **addresses,
         }

@@ -11,24 +11,24 @@ from tritonmind.engine.core import EngineCore
 from tritonmind.engine.loop import run_engine
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import ToEngine
-from tritonmind.workspace import Workspace
+from tritonmind.model_source import open_model
 
 
 class ThreadEngineClient(EngineClient):
     """Owns the engine's thread. Outputs are routed on that thread, so callbacks share it with the steps."""
 
-    def __init__(self, workspace_path: str, overrides: Mapping[str, object]) -> None:
+    def __init__(self, model_path: str, overrides: Mapping[str, object]) -> None:
         super().__init__()
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._thread = threading.Thread(
-            target=self._run, args=(workspace_path, dict(overrides)), daemon=True, name="engine"
+            target=self._run, args=(model_path, dict(overrides)), daemon=True, name="engine"
         )
         self._thread.start()
 
-    def _run(self, workspace_path: str, overrides: dict[str, object]) -> None:
+    def _run(self, model_path: str, overrides: dict[str, object]) -> None:
         try:
-            workspace = Workspace.open(workspace_path)
-            core = EngineCore(workspace, workspace.engine_config(**overrides))
+            source = open_model(model_path, dtype=overrides.get("dtype", "auto"))
+            core = EngineCore(source, source.engine_config(**overrides))
             run_engine(core, self._take, self._receive)
         except TritonmindError as error:
             self._fail(error)

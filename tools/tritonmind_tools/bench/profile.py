@@ -25,7 +25,7 @@ from tritonmind_tools.bench.static import DTYPE_BYTES, greedy_request, kv_bytes,
 
 if TYPE_CHECKING:
     from tritonmind.engine.core import EngineCore
-    from tritonmind.workspace import Workspace
+    from tritonmind.model_source import ModelSource
     from tritonmind_tools.bench.trace import Account
 
 PREFILL_TOKENS = 4096  # of a step, beside the decodes
@@ -60,21 +60,21 @@ def register(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the account, write JSON. Raises ConfigError for a wrong option or a batch that does not fit."""
-    from tritonmind.workspace import Workspace
+    from tritonmind.model_source import open_model
     from tritonmind_tools.bench import machine
 
     for name in ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
-    workspace = Workspace.open(args.workspace)
-    if args.context > workspace.model.max_position_embeddings:
+    source = open_model(args.workspace, dtype=args.dtype)
+    if args.context > source.model.max_position_embeddings:
         raise ConfigError(
             f"--context={args.context} is more than the model's max_position_embeddings, "
-            f"{workspace.model.max_position_embeddings}"
+            f"{source.model.max_position_embeddings}"
         )
     report = Report(args.json)
     bandwidth = machine.copy_bandwidth()
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
-    core, context = _decoding_core(workspace, args)
+    core, context = _decoding_core(source, args)
     gc.collect()
     gc.freeze()  # as the engine's own process does when it starts
     report.notes["engine"] = f"{core.info.device} {core.info.dtype}, {core.info.memory_plan}"
@@ -86,15 +86,15 @@ def run(args: argparse.Namespace) -> int:
     report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
     dtype_bytes = DTYPE_BYTES[core.info.dtype]
     num_bytes = {
-        "decode attention": kv_bytes(workspace.model, dtype_bytes, args.batch_size, context + args.steps),
-        "matrix products": float(weight_bytes(workspace.model, dtype_bytes)),
+        "decode attention": kv_bytes(source.model, dtype_bytes, args.batch_size, context + args.steps),
+        "matrix products": float(weight_bytes(source.model, dtype_bytes)),
     }
     _print_account(account, num_bytes, timing)
     report.print_facts()
     roofline = sum(num_bytes.values()) / bandwidth
     row = {
         "workload": f"decode step B={args.batch_size} L={round(context)}",
-        "shape": shape_name(workspace.model),
+        "shape": shape_name(source.model),
         "precision": PRECISIONS[core.info.dtype],
         "value": timing.wall * 1e6,
         "unit": "us",
@@ -104,21 +104,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decoding_core(workspace: Workspace, args: argparse.Namespace) -> tuple[EngineCore, float]:
+def _decoding_core(source: ModelSource, args: argparse.Namespace) -> tuple[EngineCore, float]:
     """An engine in which every request decodes, and the mean number of tokens that one has then."""
     from tritonmind.engine.core import EngineCore
 
     # The first request decodes while the others' prompts are computed; the margin is for steps in flight.
     num_prefill_steps = -(-args.batch_size * args.context // PREFILL_TOKENS)
     max_tokens = num_prefill_steps + NUM_WARM_UPS + 2 * args.steps + MARGIN_STEPS
-    config = workspace.engine_config(
+    config = source.engine_config(
         enable_prefix_caching=False,
         dtype=args.dtype,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=PREFILL_TOKENS + args.batch_size,
         session_len=args.context + max_tokens,
     )
-    core = EngineCore(workspace, config)
+    core = EngineCore(source, config)
     blocks_each = -(-(args.context + max_tokens) // core.info.block_size)
     num_blocks = args.batch_size * blocks_each
     if num_blocks > core.info.num_blocks:
@@ -126,7 +126,7 @@ def _decoding_core(workspace: Workspace, args: argparse.Namespace) -> tuple[Engi
             f"--batch-size={args.batch_size} with --context={args.context} needs {num_blocks} blocks, "
             f"the KV cache has {core.info.num_blocks}; lower one of the two"
         )
-    for number, prompt in enumerate(random_prompts(workspace.model, args.batch_size, args.context)):
+    for number, prompt in enumerate(random_prompts(source.model, args.batch_size, args.context)):
         core.add(greedy_request(number, prompt, max_tokens))
     generated: dict[int, int] = defaultdict(int)
     num_more = NUM_WARM_UPS

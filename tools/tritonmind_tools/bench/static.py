@@ -59,7 +59,7 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "static", help="tokens per second of a batch of equal requests", description=__doc__
     )
-    parser.add_argument("workspace", help="workspace that `tritonmind convert` wrote")
+    parser.add_argument("workspace", help="workspace, or the checkpoint of one")
     parser.add_argument("--batch-sizes", default="1,16", help="comma-separated (default %(default)s)")
     parser.add_argument("--input-len", type=int, default=128, help="prompt tokens of a request (default %(default)s)")
     parser.add_argument("--output-len", type=int, default=128, help="tokens it generates (default %(default)s)")
@@ -78,11 +78,11 @@ def register(kinds: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
     from tritonmind.engine.launch import start_engine
-    from tritonmind.workspace import Workspace
+    from tritonmind.model_source import open_model
     from tritonmind_tools.bench import machine
 
     batch_sizes = positive_numbers("--batch-sizes", args.batch_sizes)
-    model = Workspace.open(args.workspace).model
+    model = open_model(args.workspace).model
     report = Report(args.json)
     bandwidth = machine.copy_bandwidth(args.num_threads)
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"

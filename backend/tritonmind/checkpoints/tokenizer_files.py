@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tritonmind.checkpoints.source import read_json
 from tritonmind.errors import CheckpointError
-from tritonmind_tools.checkpoint import read_json
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"
@@ -34,7 +34,7 @@ def collect_tokenizer(source: Path, destination: Path) -> None:
     if not (folder / TOKENIZER_JSON).is_file() and not (folder / SENTENCEPIECE_MODEL).is_file():
         raise CheckpointError(
             f"{folder} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}: "
-            "give the tokenizer's directory with --tokenizer-path"
+            "put the tokenizer's files there, or convert with --tokenizer-path"
         )
     for name in (TOKENIZER_JSON, *_COMPANIONS):
         if (folder / name).is_file():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, SourceTensor, read_json
+from tritonmind.checkpoints.tokenizer_files import TOKENIZER_JSON, collect_tokenizer
 from tritonmind.errors import CheckpointError
-from tritonmind_tools.checkpoint import CONFIG, GENERATION_CONFIG, SourceTensor, read_json
-from tritonmind_tools.tokenizer_files import collect_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,18 @@ class HfCheckpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from None
 
-    def write_tokenizer(self, destination: Path, tokenizer_path: Path | None) -> None:
+    @property
+    def main_dtype(self) -> str:
+        """Norms are sometimes kept in a wider type than the rest, so the elements are counted. "" without a tensor."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] += math.prod(tensor.shape)
+        return max(counts, key=lambda name: counts[name], default="")
+
+    def tokenizer_in_place(self) -> Path | None:
+        return self.path if (self.path / TOKENIZER_JSON).is_file() else None
+
+    def write_tokenizer(self, destination: Path, tokenizer_path: Path | None = None) -> None:
         collect_tokenizer(tokenizer_path or self.path, destination)
         generation = self.path / GENERATION_CONFIG
         if generation.is_file():

@@ -1,8 +1,9 @@
-"""What `convert` needs of a checkpoint, whatever its files are."""
+"""What we need of a checkpoint, whatever its files are."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,18 +25,31 @@ class SourceTensor(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """A checkpoint that is open. `tensors` lists what it holds; the values are read when `read` is called."""
+    """A checkpoint that is open. Its values are read when `read` is called."""
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    tensors: dict[str, SourceTensor]
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """What it holds."""
+        ...
+
+    @property
+    def main_dtype(self) -> str:
+        """The safetensors dtype name that most of its elements have."""
+        ...
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Elements start to stop of tensor `name` along `dim`, on the CPU."""
         ...
 
-    def write_tokenizer(self, destination: Path, tokenizer_path: Path | None) -> None:
+    def tokenizer_in_place(self) -> Path | None:
+        """The directory where the tokenizer's files can be read as they are, None where `write_tokenizer` is needed."""
+        ...
+
+    def write_tokenizer(self, destination: Path, tokenizer_path: Path | None = None) -> None:
         """Put the tokenizer's files, from `tokenizer_path` when it is given, and generation_config.json there."""
         ...
 

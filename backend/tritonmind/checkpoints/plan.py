@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from tritonmind.checkpoints.source import SourceTensor
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CheckpointError
-from tritonmind_tools.checkpoint import SourceTensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

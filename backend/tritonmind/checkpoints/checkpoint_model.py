@@ -1,0 +1,72 @@
+"""A checkpoint that an engine reads itself: what `convert` would write to a workspace, made while loading."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritonmind.checkpoints.reading import AUTO, model_config, open_checkpoint, read_weights
+from tritonmind.checkpoints.tokenizer_files import special_token_id
+from tritonmind.config import EngineConfig
+from tritonmind.config_ini import build_engine_config, new_settings
+from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+from tritonmind.weight_files import to_stored
+
+if TYPE_CHECKING:
+    import torch
+
+_TENSOR_PARALLEL_SIZE = 1
+
+
+class CheckpointModel:
+    """A checkpoint opened for serving, read like a Workspace; nothing is written beside it.
+
+    weight_type: as `convert --weight-type`. Opening reads the configuration, not the weights. Raises CheckpointError
+    for a checkpoint that `convert` would refuse: here for its configuration, in `tensors` for its weights.
+    """
+
+    def __init__(self, path: Path, *, weight_type: str = AUTO) -> None:
+        self.path = path
+        self._checkpoint = open_checkpoint(path)
+        name = path.resolve()
+        self.model = model_config(
+            self._checkpoint,
+            model_name=name.name if path.is_dir() else name.stem,
+            weight_type=weight_type,
+            special_token_id=lambda role: special_token_id(self.tokenizer_dir, role),
+        )
+
+    @cached_property
+    def tokenizer_dir(self) -> Path:
+        """The checkpoint's own directory, else a temporary one that lives as long as this object."""
+        in_place = self._checkpoint.tokenizer_in_place()
+        if in_place is not None:
+            return in_place
+        directory = Path(tempfile.mkdtemp(prefix="tritonmind-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._checkpoint.write_tokenizer(directory)
+        return directory
+
+    def engine_config(self, **overrides: Any) -> EngineConfig:
+        """The engine's configuration as a new workspace's, and `overrides`, which win: see Workspace.engine_config."""
+        settings = new_settings(
+            session_len=self.model.max_position_embeddings, tensor_parallel_size=_TENSOR_PARALLEL_SIZE
+        )
+        return build_engine_config(self.model, settings, overrides, where=self.path)
+
+    def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, CPU tensor), the values that a workspace of this checkpoint would hold.
+
+        Raises CheckpointError naming file and tensor.
+        """
+        import torch
+
+        specs = common_tensor_specs(self.model) | tensor_specs(self.model, _TENSOR_PARALLEL_SIZE, rank)
+        for name, blocks in read_weights(self._checkpoint, self.model, _TENSOR_PARALLEL_SIZE):
+            stored = [to_stored(specs[name], block) for block in blocks]
+            yield name, stored[0] if len(stored) == 1 else torch.cat(stored)

@@ -1,0 +1,55 @@
+"""What a model is read from: a workspace that `convert` wrote, or a checkpoint as it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tritonmind.checkpoints.checkpoint_model import CheckpointModel
+from tritonmind.checkpoints.reading import AUTO
+from tritonmind.checkpoints.source import CONFIG
+from tritonmind.config import EngineConfig, ModelConfig
+from tritonmind.errors import WorkspaceError
+from tritonmind.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelSource(Protocol):
+    """A model ready to be read: see Workspace, whose methods these are."""
+
+    model: ModelConfig
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where tokenizer, chat template and generation_config.json are."""
+        ...
+
+    def engine_config(self, **overrides: Any) -> EngineConfig:
+        """The engine's configuration."""
+        ...
+
+    def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The common tensors and those of `rank`, as tensor_layout lists them."""
+        ...
+
+
+def open_model(path: str | os.PathLike[str], *, dtype: object = AUTO) -> ModelSource:
+    """The workspace or the checkpoint at `path`.
+
+    dtype: the type that the engine was asked to compute in. A checkpoint's weights are rounded to it and to nothing
+    else; for auto they get the type that `convert` stores. A workspace's are what they are. Raises WorkspaceError,
+    CheckpointError or ConfigError.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise WorkspaceError(
+            f"{given} does not exist: give a workspace, the directory of a downloaded checkpoint or a .gguf file "
+            "(models are not downloaded by name)"
+        )
+    if given.is_dir() and not (given / CONFIG).is_file():
+        return Workspace.open(given)
+    return CheckpointModel(given, weight_type=str(dtype))
