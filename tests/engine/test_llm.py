@@ -35,6 +35,16 @@ def test_a_stream_says_what_generate_says(llm: LLM) -> None:
         assert [i for delta in deltas for i in delta.token_ids] == completion.token_ids
         assert completion.finish_reason == deltas[-1].finish_reason == "length"
         assert len(completion.token_ids) == 24
+        assert all(delta.num_prompt_tokens == completion.num_prompt_tokens for delta in deltas)
+
+
+def test_a_stream_counts_what_the_prefix_cache_had(llm: LLM) -> None:
+    llm.engine.reset_prefix_cache()
+    block_size = llm.engine.info.block_size
+    prompt = [5 + i % 7 for i in range(block_size + 3)]
+    for num_cached_tokens in (0, block_size):
+        deltas = list(llm.stream_infer(prompt, GREEDY))
+        assert {delta.num_cached_tokens for delta in deltas} == {num_cached_tokens}
 
 
 def test_a_stop_string_ends_its_own_answer_only(llm: LLM) -> None:

@@ -32,6 +32,14 @@ class Completion:
     num_cached_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamDelta(TextDelta):
+    """What some tokens added to a streamed answer. num_cached_tokens: as in Completion."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
 @dataclass
 class _Answer:
     """An answer in the making."""
@@ -99,13 +107,18 @@ class LLM:
             self.engine.abort([number for number, answer in answers.items() if not answer.stream.finished])
         return [answer.completion() for answer in answers.values()]
 
-    def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamDelta]:
         """Answer one prompt piece by piece. Leaving early cancels the rest."""
         params = params or SamplingParams()
         request = self._request(prompt, params)
         answer = _Answer(request, TextStream(self.tokenizer, params.stop))
         for output in self.engine.stream(request):
-            yield self._take(answer, output)
+            delta = self._take(answer, output)
+            yield StreamDelta(
+                **vars(delta),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_cached_tokens=answer.num_cached_tokens,
+            )
             if answer.stream.finished:
                 return
 
