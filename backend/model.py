@@ -23,13 +23,19 @@ from tritonmind.engine.client import EngineClient
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.live_request import Answer
+from tritonmind.metrics import Metrics
 from tritonmind.request_fields import INPUTS, OUTPUTS, ParsedRequest, parse_request
 from tritonmind.sampling_params import GenerationDefaults
-from tritonmind.serving import EngineFailurePolicy, RequestServer
+from tritonmind.serving import RequestServer
+from tritonmind.sessions import SessionStore
+from tritonmind.supervisor import EngineFailurePolicy
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
 
 DEFAULT_DRAIN_TIMEOUT_S = 5.0
+DEFAULT_MAX_SESSIONS = 4096
+DEFAULT_MAX_SESSION_TOKENS = 2**24  # 64 MiB of token ids
+DEFAULT_PRIORITY = 100
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -63,6 +69,11 @@ class TritonPythonModel:
         if policy not in get_args(EngineFailurePolicy):
             raise ConfigError(f"config.pbtxt: engine_failure={policy!r} must be restart or exit")
         drain_timeout = _seconds("drain_timeout_s", parameters.pop("drain_timeout_s", DEFAULT_DRAIN_TIMEOUT_S))
+        sessions = SessionStore(
+            max_sessions=_count("max_sessions", parameters.pop("max_sessions", DEFAULT_MAX_SESSIONS)),
+            max_tokens=_count("max_session_tokens", parameters.pop("max_session_tokens", DEFAULT_MAX_SESSION_TOKENS)),
+        )
+        priority = _count("default_priority", parameters.pop("default_priority", DEFAULT_PRIORITY))
         self._batched = config["max_batch_size"] > 0
         workspace = Workspace.open(Path(args["model_repository"]) / args["model_version"])
         tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
@@ -76,6 +87,9 @@ class TritonPythonModel:
             defaults=GenerationDefaults.from_dir(workspace.tokenizer_dir),
             model=workspace.model,
             start=start,
+            sessions=sessions,
+            metrics=_metrics({"model": args["model_name"], "version": args["model_version"]}),
+            default_priority=priority,
             engine_failure=cast(EngineFailurePolicy, policy),
             on_engine_exit=_stop_server,
             should_drain=_should_drain,
@@ -195,7 +209,11 @@ def _parse(request: Any) -> ParsedRequest:
         tensor = pb_utils.get_input_tensor_by_name(request, field.name)
         if tensor is not None:
             tensors[field.name] = tensor.as_numpy()
-    return parse_request(tensors, json.loads(request.parameters() or "{}"), request.requested_output_names())
+    parameters = json.loads(request.parameters() or "{}")
+    # A gRPC client's timeout comes here, that of the generate endpoint among the parameters.
+    if request.timeout():
+        parameters.setdefault("timeout", request.timeout())
+    return parse_request(tensors, parameters, request.requested_output_names(), request_id=request.request_id())
 
 
 def _parameters(config: dict[str, Any]) -> dict[str, object]:
@@ -220,6 +238,20 @@ def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ConfigError(f"config.pbtxt: {name}={value!r} must be a number of seconds, 0 or more")
     return float(value)
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"config.pbtxt: {name}={value!r} must be a whole number from 1 to {2**31 - 1}")
+    return value
+
+
+def _metrics(labels: dict[str, str]) -> Metrics:
+    try:
+        return Metrics(pb_utils.MetricFamily, labels)
+    except pb_utils.TritonModelException as error:
+        logging.getLogger("tritonmind").info("no metrics: %s", error)
+        return Metrics(None, labels)
 
 
 def _should_drain() -> bool:

@@ -29,6 +29,19 @@ class UnavailableError(TritonmindError):
     code = "UNAVAILABLE"
 
 
+class DeadlineError(UnavailableError):
+    """The request's own time limit passed."""
+
+    def __init__(self, timeout_ms: float) -> None:
+        super().__init__(f"deadline exceeded after {timeout_ms:g} ms")
+
+
+class NotFoundError(TritonmindError):
+    """What the request refers to is not there, or no longer."""
+
+    code = "NOT_FOUND"
+
+
 class CancelledError(TritonmindError):
     """The client gave the request up."""
 

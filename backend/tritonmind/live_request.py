@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import FinishReason, TokenOutput
+from tritonmind.metrics import RequestTimes
 from tritonmind.request_fields import ParsedRequest
+from tritonmind.sessions import Turn
 from tritonmind.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -47,8 +50,12 @@ class Responder(Protocol):
 
 
 class LiveRequest:
-    """A request's state. `failure` and `rung` may be written by any thread, `client` and `stream` by the intake thread
-    before the engine knows the request, `sweep_failed` by the sweeper, the rest by its lane.
+    """A request's state. Who writes it: any thread `failure`, `interrupted` and `rung`; under the server's lock
+    `followers` and `num_awaited`; the intake thread, before the engine knows the request, `client` and what describes
+    the prompt; the engine client's receive thread the times of tokens; the sweeper `sweep_failed`; its lane the rest.
+
+    turn: the request's turn of its session, until the session is free again.
+    followers: orders to end this request, answered when it has ended. num_awaited: how many requests an order awaits.
     """
 
     def __init__(self, request: ParsedRequest, responder: Responder, lane: Lane) -> None:
@@ -64,6 +71,21 @@ class LiveRequest:
         self.engine_id = -1
         self.stream: TextStream | None = None
         self.answer = Answer()
+        self.arrived_at = time.monotonic()
+        timeout_ms = request.timeout_ms
+        self.deadline = None if timeout_ms is None else self.arrived_at + timeout_ms / 1000
+        self.interrupted = False
+        self.followers: list[LiveRequest] = []
+        self.num_awaited = 0
+        self.turn: Turn | None = None
+        self.prompt_token_ids: list[int] = []
+        self.answer_token_ids: list[int] = []  # kept for the session only
+        self.ended_by_token = False
+        self.submitted_at = self.arrived_at
+        self.queue_time: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = self.arrived_at
+        self.num_tokens = 0
 
     def ring(self) -> None:
         """Have the lane look at this request; once is enough until it does."""
@@ -78,6 +100,11 @@ class LiveRequest:
         self.abort()
         self.ring()
 
+    def interrupt(self) -> None:
+        """End the request with the answer that it has so far."""
+        self.interrupted = True
+        self.abort()
+
     def abort(self) -> None:
         """Tell the engine to drop the request. An engine that cannot be told is about to be found dead."""
         if self.client is not None:
@@ -87,8 +114,26 @@ class LiveRequest:
                 log.exception("a request could not be aborted in the engine")
 
     def on_output(self, output: TokenOutput) -> None:
+        if output.token_ids:
+            self.last_token_at = time.monotonic()
+            if self.first_token_at is None:
+                self.first_token_at = self.last_token_at
+                self.queue_time = self.submitted_at - self.arrived_at + (output.queue_time_s or 0)
+            self.num_tokens += len(output.token_ids)
         self.inbox.append(output)
         self.ring()
+
+    def times(self, *, complete: bool) -> RequestTimes:
+        """How long it took, now that it has ended. complete: with a whole answer."""
+        first = self.first_token_at
+        return RequestTimes(
+            queue_time=self.queue_time,
+            time_to_first_token=None if first is None else first - self.arrived_at,
+            inter_token_latency=(
+                None if first is None or self.num_tokens < 2 else (self.last_token_at - first) / (self.num_tokens - 1)
+            ),
+            request_duration=time.monotonic() - self.arrived_at if complete else None,
+        )
 
 
 # A sender thread's queue of requests to look at; None ends the thread.

@@ -7,6 +7,7 @@ more than once, the values must agree.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,14 @@ INPUTS = (
     TensorField("text_input", "TYPE_STRING", 1),
     TensorField("input_ids", "TYPE_INT32", -1),
     TensorField("messages", "TYPE_STRING", 1),
+    TensorField("session_id", "TYPE_UINT64", 1),
+    TensorField("sequence_start", "TYPE_BOOL", 1),
+    TensorField("sequence_end", "TYPE_BOOL", 1),
+    TensorField("session_stop", "TYPE_BOOL", 1),
+    TensorField("step", "TYPE_INT32", 1),
+    TensorField("cancel", "TYPE_BOOL", 1),
+    TensorField("priority", "TYPE_INT32", 1),
+    TensorField("timeout_ms", "TYPE_INT32", 1),
     TensorField("stream", "TYPE_BOOL", 1),
     TensorField("streaming", "TYPE_BOOL", 1),
     TensorField("exclude_input_in_output", "TYPE_BOOL", 1),
@@ -73,26 +82,52 @@ _INPUT_BY_NAME = {field.name: field for field in INPUTS}
 _SPELLINGS = {"streaming": "stream", "stop_words": "stop"}
 _SAMPLING_TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams)
 _FLAG_TYPES: dict[str, Any] = {field.name: bool for field in INPUTS if field.data_type == "TYPE_BOOL"}
-_OPTION_TYPES = _FLAG_TYPES | _SAMPLING_TYPES
+# Whole numbers of a request, each from 0 to the largest value of its tensor's type.
+_NUMBER_LIMITS = {"session_id": 2**64 - 1, "step": 2**31 - 1, "priority": 2**31 - 1}
+_OPTION_TYPES = _FLAG_TYPES | _SAMPLING_TYPES | dict.fromkeys(_NUMBER_LIMITS, int)
+_OPTION_TYPES |= {"timeout_ms": float, "timeout": int}  # timeout is the Triton server's own, in microseconds
 # What the server and its clients put among the parameters for their own use.
-_FOREIGN_PARAMETERS = frozenset({"id", "timeout", "priority"})
+_FOREIGN_PARAMETERS = frozenset({"id"})
 _FOREIGN_PREFIXES = ("triton_", "sequence_", "x-")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParsedRequest:
-    """A request whose fields are checked. Exactly one of text, input_ids and messages is set.
+class SessionFields:
+    """What a request has to do with a session. step: go on from that many tokens of its history; None: from all."""
 
-    echo: the answer starts with the prompt's text. outputs: names of the tensors the client wants.
+    session_id: int
+    start: bool = False
+    end: bool = False
+    stop: bool = False
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedRequest:
+    """A request whose fields are checked. Exactly one of text, input_ids and messages is set, unless it is an order.
+
+    request_id: the client's name for it, "" for none. cancel: end the requests of that name. priority: the lower, the
+    earlier; 0 stands for the default. timeout_ms: from the arrival, None for no limit. echo: the answer starts with
+    the prompt's text. outputs: names of the tensors the client wants.
     """
 
     text: str | None = None
     input_ids: list[int] | None = None
     messages: list[Message] | None = None
+    session: SessionFields | None = None
+    request_id: str = ""
+    cancel: bool = False
+    priority: int = 0
+    timeout_ms: float | None = None
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     stream: bool = False
     echo: bool = False
     outputs: frozenset[str] = frozenset(field.name for field in OUTPUTS)
+
+    @property
+    def is_order(self) -> bool:
+        """Whether it has no prompt and only acts on a session or another request."""
+        return self.text is None and self.input_ids is None and self.messages is None
 
 
 class _Options:
@@ -121,12 +156,30 @@ class _Options:
     def flag(self, name: str, default: bool) -> bool:
         return self._given[name][1] if name in self._given else default
 
+    def number(self, name: str) -> int | None:
+        value = self._given[name][1] if name in self._given else None
+        limit = _NUMBER_LIMITS[name]
+        if value is not None and not 0 <= value <= limit:
+            raise InvalidRequestError(name, value, f"must be 0 to {limit}")
+        return value
+
+    def timeout_ms(self) -> float | None:
+        """None for no limit, which 0 means too, as with the Triton server."""
+        value = self._given["timeout_ms"][1] if "timeout_ms" in self._given else 0.0
+        if not 0 <= value < math.inf:
+            raise InvalidRequestError("timeout_ms", value, "must be 0 (no limit) or a positive number of milliseconds")
+        return value or None
+
     def sampling_params(self) -> SamplingParams:
         return SamplingParams(**{n: value for n, (_, value) in self._given.items() if n in _SAMPLING_TYPES})
 
 
 def parse_request(
-    tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], requested_outputs: list[str]
+    tensors: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Any],
+    requested_outputs: list[str],
+    *,
+    request_id: str = "",
 ) -> ParsedRequest:
     """Check everything about a request that needs neither the model nor the tokenizer.
 
@@ -134,8 +187,6 @@ def parse_request(
     fine). parameters: the request's own, read last. requested_outputs: empty means all. Raises InvalidRequestError.
     """
     prompts = [name for name in PROMPT_FIELDS if name in tensors]
-    if len(prompts) != 1:
-        raise InvalidRequestError("prompt", prompts, f"send exactly one of {', '.join(PROMPT_FIELDS)}")
     options = _Options()
     for name, array in tensors.items():
         if name not in PROMPT_FIELDS and name != "sampling_parameters":
@@ -145,18 +196,32 @@ def parse_request(
     for name, value in parameters.items():
         if name == "sampling_parameters":
             options.add_json(str(value), "sampling_parameters among the request's parameters")
+        elif name == "timeout":
+            options.add("timeout_ms", _convert("timeout", value) / 1000, "the request's parameter timeout")
         elif name in _OPTION_TYPES or name in _SPELLINGS:
             options.add(name, value, "the request's parameters")
         elif name not in _FOREIGN_PARAMETERS and not name.startswith(_FOREIGN_PREFIXES):
             raise InvalidRequestError(name, value, f"unknown request parameter; known are {_known(_OPTION_TYPES)}")
-    prompt = _values(prompts[0], tensors[prompts[0]])
+    session = _session(options, prompts)
+    cancel = options.flag("cancel", False)
+    if cancel:
+        _check_cancel(session, prompts, request_id)
+    if len(prompts) != 1 and not (cancel or (session and _is_order(session) and not prompts)):
+        raise InvalidRequestError("prompt", prompts, f"send exactly one of {', '.join(PROMPT_FIELDS)}")
+    field = prompts[0] if prompts else None
+    prompt = _values(field, tensors[field]) if field else None
     # A tokenizer that adds bos would make a prompt of nothing.
-    if prompts[0] == "text_input" and not prompt:
+    if field == "text_input" and not prompt:
         raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")
     return ParsedRequest(
-        text=prompt if prompts[0] == "text_input" else None,
-        input_ids=prompt if prompts[0] == "input_ids" else None,
-        messages=parse_messages(prompt) if prompts[0] == "messages" else None,
+        text=prompt if field == "text_input" else None,
+        input_ids=prompt if field == "input_ids" else None,
+        messages=parse_messages(prompt) if field == "messages" else None,
+        session=session,
+        request_id=request_id,
+        cancel=cancel,
+        priority=options.number("priority") or 0,
+        timeout_ms=options.timeout_ms(),
         params=options.sampling_params(),
         stream=options.flag("stream", False),
         echo=not options.flag("exclude_input_in_output", True),
@@ -166,6 +231,39 @@ def parse_request(
             if (not requested_outputs or field.name in requested_outputs) and options.flag(f"return_{field.name}", True)
         ),
     )
+
+
+def _session(options: _Options, prompts: list[str]) -> SessionFields | None:
+    session_id, step = options.number("session_id"), options.number("step")
+    start, end, stop = (options.flag(name, False) for name in ("sequence_start", "sequence_end", "session_stop"))
+    if session_id is None:
+        for name, value in (("sequence_start", start), ("sequence_end", end), ("session_stop", stop)):
+            if value:
+                raise InvalidRequestError(name, value, "send the session_id that it is about")
+        if step is not None:
+            raise InvalidRequestError("step", step, "send the session_id that it is about")
+        return None
+    if stop and start:
+        raise InvalidRequestError("session_stop", stop, "a session cannot start and stop in one request: leave one out")
+    if stop and (prompts or step is not None):
+        extra = [*prompts, *(["step"] if step is not None else [])]
+        raise InvalidRequestError("session_stop", stop, f"goes without {', '.join(extra)}: send that as the next turn")
+    if start and step:
+        raise InvalidRequestError("step", step, "a session that starts has no history: leave it out")
+    return SessionFields(session_id=session_id, start=start, end=end, stop=stop, step=step)
+
+
+def _is_order(session: SessionFields) -> bool:
+    """Whether these fields mean something without a prompt."""
+    return session.stop or (session.end and not session.start and session.step is None)
+
+
+def _check_cancel(session: SessionFields | None, prompts: list[str], request_id: str) -> None:
+    if not request_id:
+        raise InvalidRequestError("cancel", True, "give this request the id of the request to cancel")
+    extra = [*prompts, *(["session_id"] if session else [])]
+    if extra:
+        raise InvalidRequestError("cancel", True, f"goes by the request's id alone: leave out {', '.join(extra)}")
 
 
 def _values(name: str, array: np.ndarray) -> Any:

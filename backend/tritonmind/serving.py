@@ -3,8 +3,9 @@
 Threads and their order of effects. `accept` registers a request and returns. An intake thread tokenises and submits
 it. The engine client's receive thread only appends token outputs to the request's inbox and rings its lane. A lane
 (one of a few sender threads; a request stays on its own) drains the inbox, turns everything pending into one response
-and sends it. The sweeper polls for cancellation and watches the engine. Whoever gives a request up records the
-failure first, then aborts it in the engine, then rings its lane: only the lane ever sends.
+and sends it. The sweeper polls for cancellation, deadlines and the engine's life. Whoever gives a request up records
+the failure first, then aborts it in the engine, then rings its lane: only the lane ever sends. A request's session is
+free again before its last response leaves.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from tritonmind.chat_template import ChatTemplate
 from tritonmind.config import ModelConfig
-from tritonmind.errors import CancelledError, InvalidRequestError, TritonmindError, UnavailableError
+from tritonmind.errors import CancelledError, DeadlineError, NotFoundError, TritonmindError, UnavailableError
 from tritonmind.live_request import Answer, Lane, LiveRequest, Responder
+from tritonmind.messages import TokenOutput
+from tritonmind.metrics import Metrics, reason_of
+from tritonmind.prompts import PromptBuilder
 from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import GenerationDefaults, resolve
-from tritonmind.text_stream import TextStream
+from tritonmind.sessions import SessionStore
+from tritonmind.supervisor import EngineFailurePolicy, EngineSupervisor
+from tritonmind.text_stream import TextDelta, TextStream
 from tritonmind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tritonmind.engine.client import EngineClient
 
-EngineFailurePolicy = Literal["restart", "exit"]
-
 NUM_LANES = 4
 NUM_INTAKE_THREADS = 2
 SWEEP_PERIOD_S = 0.05
-ENGINE_STOP_TIMEOUT_S = 5.0
-MAX_RESTART_DELAY_S = 30.0
+METRICS_PERIOD_S = 0.25
 NUM_FINISH_ATTEMPTS = 3
 FINISH_RETRY_DELAY_S = 0.05
 SWEEP_COMPLAINT_PERIOD_S = 60.0
@@ -49,6 +54,7 @@ class RequestServer:
     start: makes an engine; blocks until it is ready. What it raises at first leaves the constructor; later it is tried
     again. on_engine_exit: called once after an engine failure instead of a restart, when the policy is "exit".
     should_drain: polled; once it is true the server drains for drain_timeout seconds and takes no more requests.
+    default_priority: of requests that name none.
     """
 
     def __init__(
@@ -59,6 +65,9 @@ class RequestServer:
         defaults: GenerationDefaults,
         model: ModelConfig,
         start: Callable[[], EngineClient],
+        sessions: SessionStore,
+        metrics: Metrics,
+        default_priority: int,
         engine_failure: EngineFailurePolicy = "restart",
         on_engine_exit: Callable[[], None] = lambda: None,
         should_drain: Callable[[], bool] = lambda: False,
@@ -67,12 +76,12 @@ class RequestServer:
         self.num_accepted = 0
         self.num_finals = 0
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._prompts = PromptBuilder(tokenizer, chat_template)
         self._defaults = defaults
         self._model = model
-        self._start = start
-        self._engine_failure = engine_failure
-        self._on_engine_exit = on_engine_exit
+        self._sessions = sessions
+        self._metrics = metrics
+        self._default_priority = default_priority
         self._should_drain = should_drain
         self._drain_timeout = drain_timeout
         self._lock = threading.Lock()
@@ -81,8 +90,7 @@ class RequestServer:
         self._refusal: UnavailableError | None = None
         self._stopping = threading.Event()
         self._next_complaint = 0.0
-        self._client: EngineClient | None = start()
-        self._recovery: threading.Thread | None = None
+        self._engine = EngineSupervisor(start, engine_failure, on_engine_exit, self._stopping)
         self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(NUM_LANES)]
         self._intake = ThreadPoolExecutor(NUM_INTAKE_THREADS, thread_name_prefix="intake")
         self._senders = [
@@ -90,7 +98,8 @@ class RequestServer:
             for i, lane in enumerate(self._lanes)
         ]
         self._sweeper = threading.Thread(target=self._run_sweeper, name="sweeper", daemon=True)
-        for thread in (*self._senders, self._sweeper):
+        self._metrics_writer = threading.Thread(target=self._run_metrics, name="metrics", daemon=True)
+        for thread in (*self._senders, self._sweeper, self._metrics_writer):
             thread.start()
 
     def accept(self, request: ParsedRequest, responder: Responder) -> None:
@@ -98,6 +107,15 @@ class RequestServer:
         live = self._register(request, responder)
         if self._refusal is not None:
             live.give_up(self._refusal)
+            return
+        try:
+            if request.is_order:
+                self._obey(live)
+                return
+            if request.session is not None:
+                live.turn = self._sessions.begin(request.session)
+        except TritonmindError as error:
+            live.give_up(error)
             return
         try:
             self._intake.submit(self._submit, live)
@@ -110,7 +128,7 @@ class RequestServer:
 
     def is_ready(self) -> bool:
         """Whether requests can be answered now. Reads flags only."""
-        client = self._client
+        client = self._engine.client
         return client is not None and self._refusal is None and client.is_alive()
 
     def drain(self) -> None:
@@ -126,24 +144,21 @@ class RequestServer:
     def close(self) -> None:
         """Drain, stop every thread and the engine, and log the accounts.
 
-        Takes the drain timeout, what is left of tokenising at most NUM_INTAKE_THREADS prompts (`_check_size` bounds
-        those), and for the engine a few times ENGINE_STOP_TIMEOUT_S.
+        Takes the drain timeout, what is left of tokenising at most NUM_INTAKE_THREADS prompts (`prompts` bounds
+        those), and for the engine a few times supervisor.ENGINE_STOP_TIMEOUT_S.
         """
         self.drain()
         self._stopping.set()
         self._sweeper.join()
+        self._metrics_writer.join()
         self._intake.shutdown(wait=True, cancel_futures=True)
         for lane in self._lanes:
             lane.put(None)
         for thread in self._senders:
             thread.join()
-        if self._recovery is not None:
-            self._recovery.join(ENGINE_STOP_TIMEOUT_S)
         log.info("requests accepted: %d, final responses sent: %d", self.num_accepted, self.num_finals)
-        client, self._client = self._client, None
-        if client is not None:
-            self._log_engine(client)
-            client.shutdown(ENGINE_STOP_TIMEOUT_S)
+        self._metrics.close()
+        self._engine.close()
 
     def _register(self, request: ParsedRequest, responder: Responder) -> LiveRequest:
         with self._lock:
@@ -152,16 +167,45 @@ class RequestServer:
             self._live[live] = None
         return live
 
+    def _obey(self, live: LiveRequest) -> None:
+        """Act on an order. It is answered, saying what it did, when the requests that it ended have had their answers."""
+        session, request_id = live.request.session, live.request.request_id
+        targets: list[LiveRequest] = []
+        if session is None:
+            live.answer = Answer(finish_reason="stop", stop_reason=f"request {request_id!r}: cancelled")
+            targets = self._await(live, lambda other: other.request.request_id == request_id)
+            if not targets:
+                raise NotFoundError(f"no live request has the id {request_id!r}")
+        elif session.stop:
+            turn = self._sessions.stop(session.session_id, forget=session.end)
+            live.answer = Answer(finish_reason="stop", stop_reason=f"session {session.session_id}: interrupted")
+            targets = self._await(live, lambda other: turn is not None and other.turn is turn)
+            if not targets:
+                live.answer.stop_reason = f"session {session.session_id}: nothing was running"
+        else:
+            self._sessions.forget(session.session_id)
+            live.answer = Answer(finish_reason="stop", stop_reason=f"session {session.session_id}: forgotten")
+        for target in targets:
+            target.interrupt()
+        if not targets:
+            live.ring()
+
+    def _await(self, order: LiveRequest, wanted: Callable[[LiveRequest], bool]) -> list[LiveRequest]:
+        """The live requests that an order is about. The order is answered when the last of them ends."""
+        with self._lock:
+            targets = [live for live in self._live if not live.request.is_order and wanted(live)]
+            order.num_awaited = len(targets)
+            for live in targets:
+                live.followers.append(order)
+        return targets
+
     def _submit(self, live: LiveRequest) -> None:
         """Intake thread: text to token ids to the engine."""
         try:
             if live.failure is not None:
                 return
-            client = self._client
-            if client is None:
-                restart = " and is being restarted" if self._engine_failure == "restart" else ""
-                raise UnavailableError(f"the engine is down{restart}")
-            token_ids, text = self._tokenise(live.request, client.info.max_model_len)
+            client = self._engine.require()
+            token_ids, text = self._prompts.build(live.request, live.turn, client.info.max_model_len)
             live.engine_id = client.next_request_id()
             request = resolve(
                 live.request.params,
@@ -172,46 +216,21 @@ class RequestServer:
                 max_model_len=client.info.max_model_len,
                 eos_token_ids=self._model.eos_token_ids,
             )
+            request = msgspec.structs.replace(request, priority=live.request.priority or self._default_priority)
+            live.prompt_token_ids = token_ids
             live.stream = TextStream(self._tokenizer, live.request.params.stop)
             live.answer = Answer(text=text if live.request.echo else "", num_input_tokens=len(token_ids))
             live.client = client
+            live.submitted_at = time.monotonic()
             client.submit(request, live.on_output)
             # Given up before the engine knew it: that abort came too early.
-            if live.failure is not None:
+            if live.failure is not None or live.interrupted:
                 live.abort()
         except TritonmindError as error:
             live.give_up(error)
         except Exception as error:
             log.exception("a request failed before it reached the engine")
             live.give_up(TritonmindError(f"internal error: {error!r}"))
-
-    def _tokenise(self, request: ParsedRequest, max_model_len: int) -> tuple[list[int], str]:
-        """Token ids of the prompt, and its text if the answer is to begin with it."""
-        tokenizer = self._tokenizer
-        if request.input_ids is not None:
-            return request.input_ids, tokenizer.decode(request.input_ids) if request.echo else ""
-        if request.messages is not None:
-            if self._chat_template is None:
-                raise InvalidRequestError(
-                    "messages", request.messages, "this checkpoint has no chat template: send text_input instead"
-                )
-            text = self._chat_template.render(request.messages)
-            self._check_size("messages", text, max_model_len)
-            return tokenizer.encode(text, add_special_tokens=False), text
-        assert request.text is not None
-        self._check_size("text_input", request.text, max_model_len)
-        return tokenizer.encode_prompt(request.text), request.text
-
-    def _check_size(self, field: str, text: str, max_model_len: int) -> None:
-        """Refuse, before the work of encoding it, a text that cannot fit whatever its tokens are."""
-        longest = self._tokenizer.longest_token
-        num_bytes = len(text.encode())
-        if num_bytes > max_model_len * longest:
-            raise InvalidRequestError(
-                field,
-                f"{num_bytes} bytes",
-                f"session_len is {max_model_len} tokens and a token has at most {longest} bytes: send a shorter text",
-            )
 
     def _run_lane(self, lane: Lane) -> None:
         while (live := lane.get()) is not None:
@@ -237,11 +256,10 @@ class RequestServer:
             if output.finish_reason == "error":
                 self._end(live, UnavailableError(output.error or "the engine failed"))
                 return
-            if output.finish_reason == "cancelled":
+            if output.finish_reason == "cancelled" and not live.interrupted:
                 self._end(live, CancelledError("the request was cancelled"))
                 return
-            assert live.stream is not None
-            delta = live.stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+            delta = _take(live, output)
             answer.text += delta.text
             answer.token_ids += delta.token_ids
             answer.num_output_tokens += delta.num_tokens
@@ -250,20 +268,55 @@ class RequestServer:
             if delta.finish_reason is not None and output.finish_reason is None:
                 live.abort()  # a stop string: the engine does not know
         if answer.finish_reason is not None:
+            self._close_turn(live)
+            self._metrics.count("generated_tokens", answer.num_output_tokens)
             live.responder.send(answer, final=True)
             self._end(live, None)
         elif live.request.stream and answer.text and answer.num_output_tokens:
             live.answer = Answer(num_input_tokens=answer.num_input_tokens, num_cached_tokens=answer.num_cached_tokens)
+            self._metrics.count("generated_tokens", answer.num_output_tokens)
             live.responder.send(answer, final=False)
 
     def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
         """Lane thread: account for the last response, sending it if it is an error."""
         live.closed = True
+        self._close_turn(live)
         sent = error is None or self._send_error(live.responder, error)
         with self._all_ended:
             del self._live[live]
             self.num_finals += sent
+            for follower in live.followers:
+                follower.num_awaited -= 1
+                if not follower.num_awaited:
+                    follower.ring()
             self._all_ended.notify_all()
+        self._record(live, error)
+
+    def _close_turn(self, live: LiveRequest) -> None:
+        """Lane thread: free the request's session, with all tokens in its history that came."""
+        turn, live.turn = live.turn, None
+        if turn is None:
+            return
+        while live.inbox and live.stream is not None and not live.stream.finished:
+            _take(live, live.inbox.popleft())
+        self._sessions.end(
+            turn,
+            live.request.messages,
+            live.prompt_token_ids,
+            live.answer_token_ids,
+            ended_by_token=live.ended_by_token,
+        )
+
+    def _record(self, live: LiveRequest, error: TritonmindError | None) -> None:
+        """Lane thread: count an ended request, unless it was an order that worked."""
+        if error is None and live.request.is_order:
+            return
+        reason = reason_of(error) if error is not None else str(live.answer.finish_reason)
+        self._metrics.count("requests_finished", value=reason)
+        if live.num_tokens:
+            self._metrics.count("prompt_tokens", live.answer.num_input_tokens)
+            self._metrics.count("prefix_cache_hit_tokens", live.answer.num_cached_tokens)
+        self._metrics.observe(live.times(complete=reason in ("stop", "length")))
 
     def _send_error(self, responder: Responder, error: TritonmindError) -> bool:
         """End a request with `error`, or else just end it. Whether either worked."""
@@ -283,7 +336,7 @@ class RequestServer:
 
     def _run_sweeper(self) -> None:
         while not self._stopping.wait(SWEEP_PERIOD_S):
-            for watch in (self._watch_engine, self._watch_drain):
+            for watch in (self._engine.watch, self._watch_drain, self._watch_deadlines):
                 try:
                     watch()
                 except Exception:
@@ -305,67 +358,43 @@ class RequestServer:
                 live.sweep_failed = True
                 log.exception("whether a request was cancelled is unknown; tried again, logged once")
 
+    def _watch_deadlines(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            late = [live for live in self._live if live.deadline is not None and live.deadline <= now]
+        for live in late:
+            if live.failure is None and live.request.timeout_ms is not None:
+                live.give_up(DeadlineError(live.request.timeout_ms))
+
     def _watch_drain(self) -> None:
         if self._refusal is None and self._should_drain():
             log.info("told to drain: no more requests are taken")
             threading.Thread(target=self.drain, name="drain", daemon=True).start()
 
-    def _watch_engine(self) -> None:
-        client = self._client
-        if client is not None and not client.is_alive():
-            recovery = threading.Thread(target=self._recover, args=(client,), name="recovery", daemon=True)
-            self._client = None
+    def _run_metrics(self) -> None:
+        complained = False
+        stopped = False
+        while not stopped:
+            stopped = self._stopping.wait(METRICS_PERIOD_S)
+            client = self._engine.client
             try:
-                recovery.start()
-            except RuntimeError:  # no thread to be had: the next sweep finds the dead engine again
-                self._client = client
-                raise
-            self._recovery = recovery
+                self._metrics.write(
+                    client,
+                    num_restarts=self._engine.num_restarts,
+                    num_sessions=self._sessions.num_sessions,
+                    num_session_tokens=self._sessions.num_tokens,
+                )
+            except Exception:
+                if not complained:
+                    complained = True
+                    log.exception("metrics could not be written; tried again, logged once")
 
-    def _recover(self, failed: EngineClient) -> None:
-        """Fail what the dead engine owed, then start another one, waiting longer after each attempt, or leave."""
-        log.error("the engine failed; its requests are answered UNAVAILABLE; policy: %s", self._engine_failure)
-        try:
-            failed.shutdown(ENGINE_STOP_TIMEOUT_S)
-        except Exception:
-            log.exception("what is left of the failed engine could not be removed")
-        if self._engine_failure == "exit":
-            self._on_engine_exit()
-            return
-        delay = 1.0
-        while not self._stopping.is_set():
-            begin = time.monotonic()
-            try:
-                client = self._start()
-            except Exception as error:
-                text = error if isinstance(error, TritonmindError) else repr(error)
-                log.error("the engine did not start again, next attempt in %g s: %s", delay, text)
-                self._stopping.wait(delay)
-                delay = min(2 * delay, MAX_RESTART_DELAY_S)
-                continue
-            if self._stopping.is_set():
-                client.shutdown(ENGINE_STOP_TIMEOUT_S)
-            else:
-                self._client = client
-                log.info("the engine is back after %.1f s", time.monotonic() - begin)
-            return
 
-    def _log_engine(self, client: EngineClient) -> None:
-        """The engine's state after the last request: nothing may be left in use."""
-        try:
-            client.check_integrity(ENGINE_STOP_TIMEOUT_S)
-            stats = client.stats(ENGINE_STOP_TIMEOUT_S)
-        except Exception as error:  # closing goes on; AssertionError is what a failed check raises
-            log.error("the engine's state is unknown or wrong: %r", error)
-            return
-        log.info(
-            "engine: %d running, %d waiting; blocks: %d free, %d cached, %d used of %d; "
-            "kernels compiled while serving: %d; integrity checked",
-            stats.num_running,
-            stats.num_waiting,
-            stats.num_free_blocks,
-            stats.num_cached_blocks,
-            stats.num_used_blocks,
-            stats.num_blocks,
-            stats.num_jit_compiles,
-        )
+def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
+    """Lane thread: an output's text, and its tokens for the session's history."""
+    assert live.stream is not None
+    delta = live.stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+    if live.request.session is not None:
+        live.answer_token_ids += delta.token_ids
+        live.ended_by_token = output.stop_token_id is not None and len(delta.token_ids) == len(output.token_ids)
+    return delta

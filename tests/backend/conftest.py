@@ -91,13 +91,28 @@ class Served:
             "parameters": {name: {"string_value": value} for name, value in (parameters or {}).items()},
         }
         self.model.initialize(
-            {"model_config": json.dumps(config), "model_repository": "repository", "model_version": "1"}
+            {
+                "model_config": json.dumps(config),
+                "model_repository": "repository",
+                "model_version": "1",
+                "model_name": "tritonmind",
+            }
         )
 
-    def send(self, *, parameters: dict[str, Any] | None = None, outputs: list[str] | None = None, **inputs: Any) -> Any:
+    def send(
+        self,
+        *,
+        parameters: dict[str, Any] | None = None,
+        outputs: list[str] | None = None,
+        request_id: str = "",
+        timeout: int = 0,
+        **inputs: Any,
+    ) -> Any:
         """Execute one request with inputs given as plain values; returns its response sender."""
         arrays = {name: array_of(value) for name, value in inputs.items()}
-        request = self.pb_utils.InferenceRequest(arrays, parameters=parameters, requested_outputs=outputs)
+        request = self.pb_utils.InferenceRequest(
+            arrays, parameters=parameters, requested_outputs=outputs, request_id=request_id, timeout=timeout
+        )
         self.requests.append(request)
         assert self.model.execute([request]) is None
         return request.sender

@@ -22,6 +22,7 @@ class FakeEngine:
         self.aborted: list[int] = []
         self.queue_full = False
         self.was_shut_down = False
+        self.latest_stats: EngineStats | None = None
         self._alive = True
         self._script = script
         self._ids = itertools.count()
@@ -59,6 +60,7 @@ class FakeEngine:
         stop_token_id: int | None = None,
         error: str | None = None,
         num_cached_tokens: int = 0,
+        queue_time_s: float | None = None,
     ) -> bool:
         """Give tokens out; False when the request has ended."""
         with self._lock:
@@ -75,6 +77,7 @@ class FakeEngine:
                 finish_reason=finish_reason,
                 stop_token_id=stop_token_id,
                 error=error,
+                queue_time_s=queue_time_s,
             )
         )
         return True

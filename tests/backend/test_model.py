@@ -239,16 +239,16 @@ def test_last_response_waits_for_a_running_is_cancelled(served: Served) -> None:
 
 
 def test_cancelled_while_it_is_tokenised(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = served.model._server
+    prompts = served.model._server._prompts
     reached, release = threading.Event(), threading.Event()
-    tokenise = server._tokenise
+    build = prompts.build
 
     def slow(*args: Any) -> Any:
         reached.set()
         assert release.wait(5)
-        return tokenise(*args)
+        return build(*args)
 
-    monkeypatch.setattr(server, "_tokenise", slow)
+    monkeypatch.setattr(prompts, "build", slow)
     sender = served.send(text_input="hello")
     assert reached.wait(5)
     sender.cancelled = True

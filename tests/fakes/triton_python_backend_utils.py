@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,22 @@ class InferenceRequest:
         *,
         parameters: dict[str, Any] | None = None,
         requested_outputs: list[str] | None = None,
+        request_id: str = "",
+        timeout: int = 0,
     ) -> None:
         self._inputs = [Tensor(name, array) for name, array in inputs.items()]
         self._parameters = parameters
         self._requested_outputs = requested_outputs or []
+        self._request_id = request_id
+        self._timeout = timeout
         self.sender = ResponseSender()
+
+    def request_id(self) -> str:
+        return self._request_id
+
+    def timeout(self) -> int:
+        """Microseconds, 0 when the client set none."""
+        return self._timeout
 
     def inputs(self) -> list[Tensor]:
         return self._inputs
@@ -122,6 +134,50 @@ class InferenceRequest:
 
     def get_response_sender(self) -> ResponseSender:
         return self.sender
+
+
+class Metric:
+    """One labelled value. Its family, and so the server, must be there as long as it is."""
+
+    def __init__(self, family: MetricFamily, buckets: list[float] | None) -> None:
+        assert (buckets is not None) == (family.kind == MetricFamily.HISTOGRAM)
+        self.total = 0.0
+        self.observed: list[float] = []
+        self._kind = family.kind
+
+    def increment(self, value: float) -> None:
+        assert self._kind == MetricFamily.COUNTER and value >= 0
+        self.total += value
+
+    def set(self, value: float) -> None:
+        assert self._kind == MetricFamily.GAUGE
+        self.total = value
+
+    def observe(self, value: float) -> None:
+        assert self._kind == MetricFamily.HISTOGRAM
+        self.observed.append(value)
+
+
+class MetricFamily:
+    """Keeps all live families, which the server holds until they are dropped. supported: as with --allow-metrics."""
+
+    COUNTER, GAUGE, HISTOGRAM = range(3)
+    supported = True
+    live: weakref.WeakSet[MetricFamily] = weakref.WeakSet()
+
+    def __init__(self, name: str, description: str, kind: int) -> None:
+        if not self.supported:
+            raise TritonModelException("metrics not supported")
+        self.name, self.description, self.kind = name, description, kind
+        self.metrics: dict[tuple[tuple[str, str], ...], Metric] = {}
+        self.live.add(self)
+
+    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Metric:  # noqa: N802 (its name)
+        assert all(isinstance(value, str) for value in labels.values())
+        key = tuple(sorted(labels.items()))
+        assert key not in self.metrics
+        metric = self.metrics[key] = Metric(self, buckets)
+        return metric
 
 
 class ModelConfig:
