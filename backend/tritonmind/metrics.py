@@ -7,7 +7,6 @@ few times a second, and a histogram gets one value a request.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,7 +92,7 @@ class Metrics:
     def __init__(self, family: Any | None, labels: Mapping[str, str]) -> None:
         self._enabled = family is not None
         self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._counts: dict[tuple[str, str], float] = {}
         self._times: list[RequestTimes] = []
         self._written: dict[tuple[str, str], float] = {}
         self._engine: EngineClient | None = None
@@ -108,7 +107,8 @@ class Metrics:
         """Add to the counter tritonmind_<name>_total, of the label's `value`."""
         if self._enabled:
             with self._lock:
-                self._counts[f"tritonmind_{name}_total", value] += amount
+                key = f"tritonmind_{name}_total", value
+                self._counts[key] = self._counts.get(key, 0) + amount
 
     def observe(self, times: RequestTimes) -> None:
         if self._enabled:
@@ -137,7 +137,7 @@ class Metrics:
         self.count("engine_restarts", num_restarts - self._num_restarts)
         self._num_restarts = num_restarts
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            counts, self._counts = self._counts, {}
             times, self._times = self._times, []
         for key, amount in counts.items():
             if amount:

@@ -86,9 +86,8 @@ def _next_turn(template: ChatTemplate, turns: list[ChatTurn], messages: list[Mes
     The answers are in the history as token ids, so a mark stands for the last one, and the text behind it is wanted.
     """
     mark = _MARK
-    while any(
-        mark in message["content"] for part in (*(turn.messages for turn in turns), messages) for message in part
-    ):
+    said = [message["content"] for part in (*(turn.messages for turn in turns), messages) for message in part]
+    while any(mark in content for content in said):
         mark += "+"
     conversation: list[Message] = []
     for number, turn in enumerate(turns, start=1):

@@ -209,7 +209,7 @@ def parse_request(
     if len(prompts) != 1 and not (cancel or (session and _is_order(session) and not prompts)):
         raise InvalidRequestError("prompt", prompts, f"send exactly one of {', '.join(PROMPT_FIELDS)}")
     field = prompts[0] if prompts else None
-    prompt = _values(field, tensors[field]) if field else None
+    prompt: Any = _values(field, tensors[field]) if field else None
     # A tokenizer that adds bos would make a prompt of nothing.
     if field == "text_input" and not prompt:
         raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")

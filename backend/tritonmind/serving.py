@@ -168,7 +168,7 @@ class RequestServer:
         return live
 
     def _obey(self, live: LiveRequest) -> None:
-        """Act on an order. It is answered, saying what it did, when the requests that it ended have had their answers."""
+        """Act on an order, which is answered, saying what it did, after the requests that it ends."""
         session, request_id = live.request.session, live.request.request_id
         targets: list[LiveRequest] = []
         if session is None:

@@ -63,7 +63,7 @@ class Turn:
         return self.history
 
     def chat_turns(self) -> list[ChatTurn]:
-        """The turns that messages follow, the last one perhaps cut short. InvalidRequestError if there are none such."""
+        """The turns that messages follow, the last one perhaps cut short. InvalidRequestError for other histories."""
         if not self.length:
             return []
         if not self.session.turns:

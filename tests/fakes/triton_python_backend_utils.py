@@ -10,7 +10,7 @@ import json
 import threading
 import time
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -163,7 +163,7 @@ class MetricFamily:
 
     COUNTER, GAUGE, HISTOGRAM = range(3)
     supported = True
-    live: weakref.WeakSet[MetricFamily] = weakref.WeakSet()
+    live: ClassVar[weakref.WeakSet[MetricFamily]] = weakref.WeakSet()
 
     def __init__(self, name: str, description: str, kind: int) -> None:
         if not self.supported:
@@ -172,7 +172,7 @@ class MetricFamily:
         self.metrics: dict[tuple[tuple[str, str], ...], Metric] = {}
         self.live.add(self)
 
-    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Metric:  # noqa: N802 (its name)
+    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Metric:
         assert all(isinstance(value, str) for value in labels.values())
         key = tuple(sorted(labels.items()))
         assert key not in self.metrics
