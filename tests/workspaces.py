@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import make_llama_checkpoint
-
 
 def convert(checkpoint: Path, destination: Path, *options: str, model_name: str = "tiny") -> Path:
     """Run `tritonmind convert` and return the workspace."""
@@ -19,6 +17,9 @@ def convert(checkpoint: Path, destination: Path, *options: str, model_name: str 
 
 def tiny_workspace(directory: Path, *options: str, **checkpoint: Any) -> Path:
     """A workspace of a tiny random Llama, fp32."""
+    # Imported here: the server's tests must run where Transformers does not (it may want another NumPy).
+    from tests.checkpoints import make_llama_checkpoint
+
     make_llama_checkpoint(directory / "checkpoint", **checkpoint)
     return convert(directory / "checkpoint", directory / "workspace", "--weight-type", "fp32", *options)
 

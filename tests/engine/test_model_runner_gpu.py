@@ -77,8 +77,8 @@ def test_graph_replay_equals_eager(
     runner: ModelRunner, eager: ModelRunner, num_decodes: int, options: dict[str, float]
 ) -> None:
     """Batch sizes on and between the buckets, after a larger batch has left its rows behind."""
-    copy_cache(runner, eager)
     run(runner, decode(sequences([90] * MAX_NUM_SEQS, NUM_BLOCKS)))
+    copy_cache(runner, eager)
     lengths = torch.randint(1, 500, (num_decodes,)).tolist()
     output = decode(sequences(lengths, NUM_BLOCKS, **options))
     replayed, token_ids = run(runner, output)
