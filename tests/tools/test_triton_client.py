@@ -1,18 +1,19 @@
-"""The console client without a server: addresses, refusals, the conversation. test_real_server.py has the rest."""
+"""The console client without a server: addresses, refusals, connections. test_real_server.py has the rest."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 
-from tritonmind.errors import ConfigError, UnavailableError
+from tritonmind.errors import ConfigError, InvalidRequestError, UnavailableError
 from tritonmind_tools import triton_client
-from tritonmind_tools.triton_client import AnswerError, Chat, Delta, TritonClient, parse_address
+from tritonmind_tools.console_transport import Delta
+from tritonmind_tools.triton_client import AnswerError, TritonClient, parse_address
 
 
 def test_addresses() -> None:
@@ -41,18 +42,34 @@ def test_nothing_listens() -> None:
 
 
 class FakeClient:
-    """Answers with prepared deltas, or raises."""
+    """Stands in for TritonClient: answers with prepared deltas, or raises. Each `connect` counts."""
 
-    def __init__(self, *answers: list[Delta | BaseException]) -> None:
-        self.answers = list(answers)
-        self.seen: list[list[Mapping[str, str]]] = []
+    connections: ClassVar[list[str]] = []
+    answers: ClassVar[list[list[Delta | BaseException]]] = []
+    requests: ClassVar[list[dict[str, Any]]] = []
 
-    def generate(self, *, messages: Sequence[Mapping[str, str]], **others: Any) -> Iterator[Delta]:
-        self.seen.append(list(messages))
+    def __init__(self, address: str) -> None:
+        if address == "nobody:1":
+            raise UnavailableError(f"no server answers at {address}")
+        self.connections.append(address)
+
+    def generate(self, **request: Any) -> Iterator[Delta]:
+        self.requests.append(request)
         for item in self.answers.pop(0):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    for name in ("connections", "answers", "requests"):
+        monkeypatch.setattr(FakeClient, name, [])
+    monkeypatch.setattr(triton_client, "TritonClient", FakeClient)
+    return FakeClient
 
 
 def deltas(*texts: str) -> list[Delta | BaseException]:
@@ -63,72 +80,75 @@ def deltas(*texts: str) -> list[Delta | BaseException]:
     ]
 
 
-def chat(client: FakeClient, *, interactive: bool = False, system: str | None = None) -> Chat:
-    return Chat(client, system=system, stream=True, options={}, interactive=interactive)  # type: ignore[arg-type]
-
-
-def test_conversation_keeps_its_history(capsys: pytest.CaptureFixture[str]) -> None:
-    client = FakeClient(deltas("Hel", "lo"), deltas("Bye"))
-    conversation = chat(client, system="Be brief.")
-    assert conversation.run(io.StringIO("hi\n\n  \nand then\nexit\nnever\n")) == 0
-    system = {"role": "system", "content": "Be brief."}
-    first = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello"}]
-    assert client.seen == [[system, first[0]], [system, *first, {"role": "user", "content": "and then"}]]
-    captured = capsys.readouterr()
-    assert captured.out == "Hello\nBye\n"
-    assert captured.err.count("\n") == 2
-    assert captured.err.startswith("[2 tokens, ")
-    assert captured.err.rstrip().endswith(", stop]")
-
-
-def test_failed_answer_is_not_history_and_shows_in_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    client = FakeClient([AnswerError("top_p=2.0 is invalid", "INVALID_ARGUMENT")], deltas("fine"))
-    assert chat(client).run(io.StringIO("one\ntwo\n")) == 1
-    assert client.seen[1] == [{"role": "user", "content": "two"}]
-    captured = capsys.readouterr()
-    assert captured.out == "fine\n"
-    assert "error: top_p=2.0 is invalid\n" in captured.err
-
-
-def test_interrupted_answer_stays_as_far_as_it_came(capsys: pytest.CaptureFixture[str]) -> None:
-    client = FakeClient([Delta(text="So far"), KeyboardInterrupt()], deltas("more"))
-    conversation = chat(client, interactive=True)
-    assert conversation.run(io.StringIO("one\ntwo\n")) == 0
-    assert client.seen[1][1] == {"role": "assistant", "content": "So far"}
-    assert "cancelled]" in capsys.readouterr().out
-
-
-def test_interrupt_in_a_pipe_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        chat(FakeClient([KeyboardInterrupt()])).run(io.StringIO("one\n"))
-
-
-def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def run(line: str, text: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command `triton_client` with `text` piped into it."""
     parser = argparse.ArgumentParser()
     triton_client.register(parser.add_subparsers())
+    args = parser.parse_args(["triton_client", *line.split()])
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    exit_code: int = args.run(args)
+    return exit_code
+
+
+def test_conversation_keeps_its_history(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers += [deltas("Hel", "lo"), deltas("Bye")]
+    assert run("h:1 --system s", "hi\n\n  \nand then\n\nexit\nnever\n", monkeypatch) == 0
+    system = {"role": "system", "content": "s"}
+    first = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello"}]
+    second = {"role": "user", "content": "and then"}
+    assert [request["messages"] for request in fake.requests] == [[system, first[0]], [system, *first, second]]
+    captured = capsys.readouterr()
+    assert captured.out == "Hello\nBye\n"
+    assert captured.err.count("\n") == 2 and captured.err.count(", stop]\n") == 2
+    assert fake.connections == ["h:1"]
+
+
+def test_refused_answer_keeps_the_connection_and_shows_in_the_exit_code(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers += [[AnswerError("prompt='9 tokens' is invalid: session_len is 8", None)], deltas("fine")]
+    assert run("h:1", "one\n\ntwo\n", monkeypatch) == 1
+    assert fake.requests[1]["messages"] == [{"role": "user", "content": "two"}]
+    assert fake.connections == ["h:1"]
+    captured = capsys.readouterr()
+    assert captured.out == "fine\n"
+    assert "error: prompt='9 tokens' is invalid: session_len is 8; shorten the question\n" in captured.err
+
+
+def test_lost_connection_is_made_anew(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers += [[Delta(text="so "), AnswerError("Socket closed", "UNAVAILABLE")], deltas("back")]
+    assert run("h:1", "one\n\n/retry\n", monkeypatch) == 1
+    assert fake.connections == ["h:1", "h:1"]
+    captured = capsys.readouterr()
+    assert captured.out == "so \nback\n"
+    assert "the connection to h:1 is lost (Socket closed): the next question connects again" in captured.err
+
+
+def test_a_server_that_is_not_there_is_an_error_before_the_conversation(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnavailableError, match="no server answers at nobody:1"):
+        run("nobody:1", "one\n", monkeypatch)
+    with pytest.raises(InvalidRequestError, match=r"top_p=2\.0 is invalid"):
+        run("h:1 --top-p 2", "one\n", monkeypatch)
+    assert fake.connections == []
+
+
+def test_interrupt_in_a_pipe_ends(fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers.append([KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        run("h:1", "one\n", monkeypatch)
+
+
+def test_options_reach_the_request(fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers.append(deltas("x"))
     options = "--max-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --seed 9 --no-stream --system s"
-    args = parser.parse_args(["triton_client", "h:1", *options.split()])
-    seen: dict[str, Any] = {}
-
-    class Recorder(FakeClient):
-        def __init__(self, address: str) -> None:
-            super().__init__(deltas("x"))
-            seen["address"] = address
-
-        def __enter__(self) -> Recorder:
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            pass
-
-        def generate(self, **given: Any) -> Iterator[Delta]:
-            seen.update(given)
-            return super().generate(**given)
-
-    monkeypatch.setattr(triton_client, "TritonClient", Recorder)
-    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
-    assert args.run(args) == 0
-    assert seen["address"] == "h:1"
-    assert seen["options"] == {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": 9}
-    assert seen["stream"] is False
-    assert seen["messages"][0] == {"role": "system", "content": "s"}
+    assert run(f"h:1 {options}", "hi\n", monkeypatch) == 0
+    (request,) = fake.requests
+    assert request["options"] == {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": 9}
+    assert request["stream"] is False
+    assert request["messages"][0] == {"role": "system", "content": "s"}

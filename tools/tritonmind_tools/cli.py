@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tritonmind import __version__
 from tritonmind.errors import TritonmindError
-from tritonmind_tools import bench, check_env, convert, embedded_server, triton_client
+from tritonmind_tools import bench, chat, check_env, convert, embedded_server, triton_client
 
 _RED, _RESET = "\x1b[31m", "\x1b[0m"
 _INTERRUPTED = 130
@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tritonmind", description="LLM serving for NVIDIA Triton Inference Server: convert, serve, check."
+        prog="tritonmind", description="LLM serving for NVIDIA Triton Inference Server: convert, chat, serve, check."
     )
     parser.add_argument("--version", action="version", version=f"tritonmind {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     convert.register(commands)
+    chat.register(commands)
     serve = commands.add_parser("serve", help="start a server, or a client of one")
     serve_commands = serve.add_subparsers(title="commands", metavar="COMMAND", required=True)
     embedded_server.register(serve_commands)

@@ -1,4 +1,4 @@
-"""`tritonmind serve triton_client`: chat with a served model in a terminal or a pipe. Needs only tritonclient."""
+"""`tritonmind serve triton_client`: a served model in the console. Needs only tritonclient."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import contextlib
 import json
 import queue
 import socket
-import sys
 import threading
-import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from functools import partial
+from typing import Any
 
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
+from tritonmind_tools import console
+from tritonmind_tools.console_transport import Delta, Message
 
 MODEL_NAME = "tritonmind"
 CONNECT_TIMEOUT_S = 5.0
-_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 class AnswerError(TritonmindError):
@@ -27,19 +26,6 @@ class AnswerError(TritonmindError):
     def __init__(self, message: str, status: str | None) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What one response added to an answer. finish_reason is set on the last: stop, length or cancelled."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-    num_input_tokens: int = 0
-    num_cached_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: str | None = None
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -193,69 +179,46 @@ def _delta(result: Any) -> Delta:
     )
 
 
-class Chat:
-    """A conversation in a terminal. The history lives here; the server sees all of it with each turn.
+class TritonTransport:
+    """A console's way to a served model. A connection that is lost is made anew by the next answer."""
 
-    Ctrl-C during an answer cancels it, what was said so far stays; elsewhere it ends the conversation.
-    """
-
-    def __init__(
-        self, client: TritonClient, *, system: str | None, stream: bool, options: Mapping[str, Any], interactive: bool
-    ) -> None:
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-        self._client = client
+    def __init__(self, address: str, *, stream: bool = True) -> None:
+        self.title = f"the server at {address}"
+        self._address = address
         self._stream = stream
-        self._options = options
-        self._interactive = interactive
+        self._client: TritonClient | None = TritonClient(address)
 
-    def run(self, lines: TextIO) -> int:
-        """Answer line after line until `exit` or the end of input. Returns 1 if an answer failed in a pipe."""
-        exit_code = 0
-        while True:
-            if self._interactive:
-                _write("> ")
-            line = lines.readline()
-            if not line or line.strip() == "exit":
-                return exit_code
-            if not line.strip():
-                continue
-            self.messages.append({"role": "user", "content": line.rstrip("\n")})
-            try:
-                self.messages.append({"role": "assistant", "content": self._answer()})
-            except AnswerError as error:
-                self.messages.pop()
-                print(f"error: {error}", file=sys.stderr)
-                exit_code = 0 if self._interactive else 1
-
-    def _answer(self) -> str:
-        begin = time.monotonic()
-        first = last = begin
-        parts: list[str] = []
-        num_tokens, finish_reason = 0, "cancelled"
+    def stream(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Generator[Delta, None, None]:
+        client = self._client = self._client or TritonClient(self._address)
         try:
-            for delta in self._client.generate(messages=self.messages, stream=self._stream, options=self._options):
-                last = time.monotonic()
-                first = first if parts else last
-                parts.append(delta.text)
-                num_tokens += delta.num_tokens
-                finish_reason = delta.finish_reason or finish_reason
-                _write(delta.text)
-        except KeyboardInterrupt:
-            if not self._interactive:
+            yield from client.generate(messages=messages, stream=self._stream, options=options)
+        except AnswerError as error:
+            # The server's refusals carry no status; what gRPC says of a broken connection does.
+            if error.status is None:
                 raise
-        _write("\n")
-        rate = f"{num_tokens / (last - begin):.1f} tok/s, " if last > begin else ""
-        statistics = f"[{num_tokens} tokens, {rate}first after {first - begin:.2f} s, {finish_reason}]"
-        if self._interactive:
-            _write(f"{_DIM}{statistics}{_RESET}\n")
-        else:
-            print(statistics, file=sys.stderr)
-        return "".join(parts)
+            self.close()
+            raise UnavailableError(
+                f"the connection to {self._address} is lost ({error}): the next question connects again"
+            ) from None
+
+    def cancel(self) -> None:
+        client = self._client
+        if client is not None:
+            client.cancel()
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+_EXAMPLES = """examples:
+  tritonmind serve triton_client 127.0.0.1:33337                        talk; an empty line sends, /help says more
+  tritonmind serve triton_client 127.0.0.1:33337 --system 'Be brief.'   with a system message
+  echo 'Name three rivers.' | tritonmind serve triton_client 127.0.0.1:33337 --temperature 0 > answer.txt
+
+In a pipe each paragraph is a question, answers go to stdout and statistics to stderr.
+"""
 
 
 def register(subparsers: Any) -> None:
@@ -263,31 +226,18 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "triton_client",
         help="chat with a served model in the terminal",
-        description="A line in, the answer out. Ctrl-C cancels an answer; `exit`, Ctrl-D or Ctrl-C at the prompt ends. "
-        "When stdout is not a terminal the answers are plain text and the statistics go to stderr.",
+        description="Chat with a model that a Triton server serves.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("address", metavar="ADDR", help="host:port of the server's gRPC service, without a scheme")
-    parser.add_argument("--system", metavar="TEXT", help="system message that begins the conversation")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens an answer may have")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, metavar="P", help="above 0 and at most 1")
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="show the answer as it comes"
     )
+    console.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the input ends. Raises TritonmindError when the server cannot be reached."""
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with TritonClient(args.address) as client:
-        chat = Chat(client, system=args.system, stream=args.stream, options=options, interactive=interactive)
-        try:
-            return chat.run(sys.stdin)
-        except KeyboardInterrupt:
-            _write("\n")
-            return 0 if interactive else 130
+    """Chat until the input ends. Raises TritonmindError when the server cannot be reached or an option is wrong."""
+    return console.converse(partial(TritonTransport, args.address, stream=args.stream), args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeAlias
@@ -107,7 +107,7 @@ class LLM:
             self.engine.abort([number for number, answer in answers.items() if not answer.stream.finished])
         return [answer.completion() for answer in answers.values()]
 
-    def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamDelta]:
+    def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamDelta, None, None]:
         """Answer one prompt piece by piece. Leaving early cancels the rest."""
         params = params or SamplingParams()
         request = self._request(prompt, params)

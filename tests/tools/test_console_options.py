@@ -1,0 +1,64 @@
+"""Sampling options as they are typed: each field of SamplingParams has one, and SamplingParams judges it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from tritonmind.errors import InvalidRequestError
+from tritonmind.sampling_params import SamplingParams
+from tritonmind_tools.console_options import OPTIONS, add_sampling_arguments, parse_option, sampling_options
+
+
+def parsed(line: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    return sampling_options(parser.parse_args(line.split()))
+
+
+def test_every_field_has_an_option() -> None:
+    assert set(OPTIONS) == set(SamplingParams.__struct_fields__)
+
+
+def test_command_line() -> None:
+    assert parsed("") == {}
+    numbers = "--max-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --seed 9"
+    assert parsed(f"{numbers} --stop a --stop b --stop-token-ids 7 --ignore-eos") == {
+        "max_tokens": 5,
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "seed": 9,
+        "stop": ("a", "b"),
+        "stop_token_ids": (7,),
+        "ignore_eos": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["--max-tokens 0", "--temperature hot", "--top-p 0", "--stop-token-ids x", "--seed -1"]
+)
+def test_wrong_value_on_the_command_line_is_named(line: str) -> None:
+    name = line.split()[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(InvalidRequestError, match=f"^{name}="):
+        parsed(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "0", 0.0),
+        ("seed", "18446744073709551615", 2**64 - 1),
+        ("ignore_eos", "false", False),
+        ("stop", "END", ("END",)),
+        ("stop", '"\\n"', ("\n",)),
+        ("stop", '["a b", "c"]', ("a b", "c")),
+        ("stop", "[INST]", ("[INST]",)),
+        ("stop_token_ids", "5", (5,)),
+        ("stop_token_ids", "[5, 6]", (5, 6)),
+    ],
+)
+def test_values_after_set(name: str, text: str, value: object) -> None:
+    assert parse_option(name, text) == value

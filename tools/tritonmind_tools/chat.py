@@ -1,0 +1,163 @@
+"""`tritonmind chat`: a model on this machine in the console, from a workspace or straight from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import queue
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
+from tritonmind.sampling_params import SamplingParams
+from tritonmind_tools import console
+from tritonmind_tools.console_transport import Delta, Message
+
+if TYPE_CHECKING:
+    from tritonmind.engine.llm import LLM, StreamDelta
+
+# `tritonmind chat turbomind PATH` is how the tutorial spells it.
+ENGINE_NAME = "turbomind"
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+_EXAMPLES = """examples:
+  tritonmind chat ./workspace                         talk; an empty line sends, /help says more
+  tritonmind chat ./Llama-3.2-1B-Instruct             straight from a Hugging Face folder; nothing is written
+  tritonmind chat model.gguf --device cpu             or from a GGUF file
+  tritonmind chat ./workspace --session-len 2048 --temperature 0.7 --system 'Be brief.'
+  echo 'Name three rivers.' | tritonmind chat ./workspace --temperature 0 > answer.txt
+
+In a pipe each paragraph is a question, answers go to stdout and statistics to stderr.
+"""
+
+
+class LocalTransport:
+    """A console's way to an engine in a process of its own. One that has died is started again by the next answer.
+
+    overrides: as LLM's. Raises TritonmindError with the cause when the engine cannot start.
+    """
+
+    def __init__(self, path: str, overrides: Mapping[str, object]) -> None:
+        self._path = path
+        self._overrides = dict(overrides)
+        self._events: queue.SimpleQueue[StreamDelta | Exception | None] = queue.SimpleQueue()
+        self._llm: LLM | None = self._start()
+        info = self._llm.engine.info
+        self.title = (
+            f"{self._llm.model.model_name} on {info.device} in {info.dtype}, {info.max_model_len} tokens of context"
+        )
+
+    def stream(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Generator[Delta, None, None]:
+        llm = self._llm = self._llm or self._start()
+        events = self._events = queue.SimpleQueue()
+        left = threading.Event()
+        answer = (llm, messages, SamplingParams(**options))
+        threading.Thread(target=_pump, args=(*answer, events, left), name="answer", daemon=True).start()
+        try:
+            while True:
+                event = events.get()
+                if event is None:
+                    yield Delta(finish_reason="cancelled")
+                    return
+                if isinstance(event, Exception):
+                    raise event
+                yield Delta(
+                    text=event.text,
+                    token_ids=event.token_ids,
+                    num_tokens=event.num_tokens,
+                    num_input_tokens=event.num_prompt_tokens,
+                    num_cached_tokens=event.num_cached_tokens,
+                    finish_reason=event.finish_reason,
+                    stop_reason=event.stop_reason,
+                )
+                if event.finish_reason is not None:
+                    return
+        except UnavailableError as error:
+            if llm.engine.is_alive():
+                raise
+            self.close()
+            raise UnavailableError(f"{error}; the next question starts the engine again") from None
+        finally:
+            left.set()
+
+    def cancel(self) -> None:
+        self._events.put(None)
+
+    def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.close()
+
+    def _start(self) -> LLM:
+        from tritonmind.engine.llm import LLM
+
+        llm = LLM(self._path, **self._overrides)  # type: ignore[arg-type]
+        if llm.chat_template is None:
+            llm.close()
+            raise ConfigError(
+                f"{self._path} has no chat template: it completes texts and cannot chat; "
+                "use a model tuned for chat, or put chat_template.jinja beside its tokenizer"
+            )
+        return llm
+
+
+def _pump(
+    llm: LLM,
+    messages: Sequence[Message],
+    params: SamplingParams,
+    events: queue.SimpleQueue[StreamDelta | Exception | None],
+    left: threading.Event,
+) -> None:
+    """Carry an answer to `events` until it ends or nobody waits any more, which cancels it."""
+    try:
+        with contextlib.closing(llm.stream_infer(messages, params)) as answer:
+            for delta in answer:
+                events.put(delta)
+                if left.is_set():
+                    return
+    except TritonmindError as error:
+        events.put(error)
+    except Exception as error:
+        events.put(TritonmindError(f"internal error: {type(error).__name__}: {error}"))
+        raise
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `chat`."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="chat with a model on this machine",
+        description="Chat with a model in the terminal: a workspace, or a checkpoint as it stands.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path",
+        nargs="+",
+        metavar="PATH",
+        help="workspace, Hugging Face folder or .gguf file ('turbomind PATH' works too)",
+    )
+    parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
+    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
+    parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
+    console.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Chat until the input ends. Raises TritonmindError when the engine cannot start or an option is wrong."""
+    names = ("session_len", "dtype", "device")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    # One conversation needs no more slots, and a GPU gets ready sooner.
+    connect = partial(LocalTransport, _path(args.path), {"max_num_seqs": 1, **overrides})
+    return console.converse(connect, args)
+
+
+def _path(words: Sequence[str]) -> str:
+    *engine, path = words
+    if engine not in ([], [ENGINE_NAME]):
+        raise ConfigError(f"one PATH is expected, not {len(words)}: {' '.join(words)}")
+    return path

@@ -1,0 +1,63 @@
+"""What a console needs of a model: answers as they come, and how to give one up."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one response added to an answer. finish_reason is set on the last: stop, length or cancelled."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    num_input_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | None = None
+
+
+class Transport(Protocol):
+    """The way to a model. One answer at a time."""
+
+    @property
+    def title(self) -> str:
+        """What is talked to, in a few words."""
+        ...
+
+    def stream(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Generator[Delta, None, None]:
+        """Yield the answer to `messages`; options are fields of SamplingParams. Leaving early cancels it.
+
+        Raises TritonmindError for an answer that failed. Whoever was lost is looked for again by the next call.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Give up the running answer, from any thread: its last Delta then says "cancelled", at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
+        ...
+
+
+def statistics(arrivals: Sequence[tuple[float, Delta]]) -> str:
+    """One line on an answer. tok/s: from the first response on, which is when the prompt has been read."""
+    deltas = [delta for _, delta in arrivals]
+    num_tokens = sum(delta.num_tokens for delta in deltas)
+    num_prompt_tokens = max((delta.num_input_tokens for delta in deltas), default=0)
+    num_cached_tokens = max((delta.num_cached_tokens for delta in deltas), default=0)
+    parts = [f"prompt {num_prompt_tokens} tokens, {num_cached_tokens} cached", f"answer {num_tokens} tokens"]
+    with_tokens = [(seconds, delta.num_tokens) for seconds, delta in arrivals if delta.num_tokens]
+    if with_tokens:
+        (first, num_first), (last, _) = with_tokens[0], with_tokens[-1]
+        if last > first:
+            parts.append(f"{(num_tokens - num_first) / (last - first):.1f} tok/s")
+        parts.append(f"first after {first:.2f} s")
+    finish_reason = next((delta.finish_reason for delta in reversed(deltas) if delta.finish_reason), "cancelled")
+    return f"[{', '.join([*parts, finish_reason])}]"
