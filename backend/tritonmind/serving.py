@@ -387,7 +387,7 @@ class RequestServer:
             except Exception:
                 if not complained:
                     complained = True
-                    log.exception("metrics could not be written; tried again, logged once")
+                    log.exception("metrics could not be written, some counts are lost; logged once")
 
 
 def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
