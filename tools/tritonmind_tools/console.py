@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.sampling_params import SamplingParams
-from tritonmind_tools.console_options import add_sampling_arguments, check_option, parse_option, sampling_options
+from tritonmind_tools.console_options import (
+    OPTIONS,
+    add_sampling_arguments,
+    check_option,
+    parse_option,
+    sampling_options,
+)
 from tritonmind_tools.console_screen import Screen
 from tritonmind_tools.console_transport import Delta, Message, Transport, statistics
 
@@ -131,17 +137,27 @@ class Console:
         return True
 
     def _ask(self, question: str) -> None:
+        """Have a question answered. One that fails, or is cancelled before a word came, is no part of the history."""
         self._unanswered = question
         try:
-            answer = self._answer([*self.messages, {"role": "user", "content": question}])
+            arrivals = self._answer([*self.messages, {"role": "user", "content": question}])
         except TritonmindError as error:
             self._screen.end_answer()
             self._fail(f"{error}{self._remedy(error)}")
             return
-        self.turns.append(Turn(question, answer))
-        self._unanswered = None
+        except KeyboardInterrupt:
+            if not self._screen.interactive:
+                raise
+            self._screen.end_answer()
+            self._screen.note("given up")
+            return
+        answer = "".join(delta.text for _, delta in arrivals)
+        if answer or arrivals[-1][1].finish_reason != "cancelled":
+            self.turns.append(Turn(question, answer))
+            self._unanswered = None
 
-    def _answer(self, messages: list[Message]) -> str:
+    def _answer(self, messages: list[Message]) -> list[tuple[float, Delta]]:
+        """Show an answer as it comes. Returns its parts, each with the seconds after which it came."""
         begin = time.monotonic()
         arrivals: list[tuple[float, Delta]] = []
         with (
@@ -154,13 +170,13 @@ class Console:
         self._screen.end_answer()
         if self._show_statistics:
             self._screen.note(statistics(arrivals))
-        return "".join(delta.text for _, delta in arrivals)
+        return arrivals
 
     @contextlib.contextmanager
     def _interrupts(self, cancel: Callable[[], None]) -> Iterator[None]:
         """In a terminal the first Ctrl-C calls `cancel`, from another thread: this one may hold any lock.
 
-        A second one, should that not help, ends the console, as the first does in a pipe.
+        A second one, should that not help, raises KeyboardInterrupt, as the first does in a pipe.
         """
         if not self._screen.interactive:
             yield
@@ -215,7 +231,7 @@ class Console:
         self._screen.note(f"{name} = {_shown(options.get(name))}")
 
     def _params(self, rest: str) -> None:
-        self._screen.table([(name, _shown(self.options.get(name))) for name in SamplingParams.__struct_fields__])
+        self._screen.table([(name, _shown(self.options.get(name))) for name in OPTIONS])
 
     def _history(self, rest: str) -> None:
         if not self.messages:
@@ -270,12 +286,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
 
 
-def converse(connect: Callable[[], Transport], args: argparse.Namespace) -> int:
+def converse(connect: Callable[[], Transport], args: argparse.Namespace, *, opening: str) -> int:
     """Run a console with the options of a command line on stdin and stdout. Returns the exit code.
 
-    Raises InvalidRequestError for a wrong option before it calls `connect`, and what that raises.
+    opening: shown while `connect` works. Raises InvalidRequestError for a wrong option before that, and what it raises.
     """
     options = sampling_options(args)
+    screen = Screen.standard()
+    screen.greet(f"{opening} ...")
     with contextlib.closing(connect()) as transport:
-        screen = Screen.standard()
         return Console(transport, screen, system=args.system, options=options, show_statistics=not args.no_stats).run()

@@ -240,4 +240,5 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends. Raises TritonmindError when the server cannot be reached or an option is wrong."""
-    return console.converse(partial(TritonTransport, args.address, stream=args.stream), args)
+    connect = partial(TritonTransport, args.address, stream=args.stream)
+    return console.converse(connect, args, opening=f"connecting to {args.address}")
