@@ -33,11 +33,14 @@ def make_workspace(directory: Path, *options: str) -> Path:
 
 
 @contextmanager
-def running(workspace: Path, http_port: int | None = None) -> Iterator[EmbeddedServer]:
+def running(workspace: Path, http_port: int | None = None, metrics_port: int | None = None) -> Iterator[EmbeddedServer]:
     """A ready server; skips the test where there is none, neither its wheel nor $TRITONSERVER_HOME."""
     if importlib.util.find_spec("pytriton") is None and HOME_VARIABLE not in os.environ:
         pytest.skip(f"nvidia-pytriton is not installed, and {HOME_VARIABLE} is not set")
-    with EmbeddedServer(workspace, grpc_port=0, log_path=workspace / "server.log", http_port=http_port) as server:
+    log_path = workspace / "server.log"
+    with EmbeddedServer(
+        workspace, grpc_port=0, log_path=log_path, http_port=http_port, metrics_port=metrics_port
+    ) as server:
         yield server
 
 
