@@ -150,6 +150,8 @@ class _TritonResponder:
             "num_input_tokens": ([answer.num_input_tokens], np.uint32),
             "num_output_tokens": ([answer.num_output_tokens], np.uint32),
             "num_cached_tokens": ([answer.num_cached_tokens], np.uint32),
+            "cumulative_logprob": ([answer.cumulative_logprob], np.float32),
+            "logprobs": ([json.dumps(answer.logprobs or None).encode()], np.object_),
         }
         tensors = [
             pb_utils.Tensor(name, np.array(data, dtype=dtype).reshape(self._shape))

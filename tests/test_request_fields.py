@@ -23,7 +23,7 @@ def test_defaults() -> None:
     request = parsed()
     assert request == ParsedRequest(text="a")
     assert (request.stream, request.echo, request.params) == (False, False, SamplingParams())
-    assert request.outputs == {field.name for field in OUTPUTS}
+    assert request.outputs == {field.name for field in OUTPUTS} - {"logprobs", "cumulative_logprob"}
 
 
 def test_numbers_written_as_strings() -> None:
@@ -135,3 +135,68 @@ def test_outputs_follow_request_and_flags() -> None:
 
 def test_null_in_json_is_left_out() -> None:
     assert parsed(sampling_parameters='{"seed": null}').params == SamplingParams()
+
+
+def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None:
+    tensors: dict[str, Any] = {
+        "max_tokens": np.array([9], dtype=np.int32),
+        "min_length": np.array([2], dtype=np.int32),
+        "temperature": np.array([0.5], dtype=np.float32),
+        "top_k": np.array([4], dtype=np.int32),
+        "top_p": np.array([0.5], dtype=np.float32),
+        "min_p": np.array([0.25], dtype=np.float32),
+        "repetition_penalty": np.array([1.5], dtype=np.float32),
+        "presence_penalty": np.array([0.5], dtype=np.float32),
+        "frequency_penalty": np.array([-0.5], dtype=np.float32),
+        "logit_bias": '{"17": 2.5, "3": -100}',
+        "bad_words": ["a", "b c"],
+        "seed": np.array([7], dtype=np.uint64),
+        "stop": ["x"],
+        "include_stop": True,
+        "stop_token_ids": np.array([1], dtype=np.int32),
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "num_logprobs": np.array([3], dtype=np.int32),
+    }
+    expected = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25,
+        "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+        "logit_bias": {17: 2.5, 3: -100.0}, "bad_words": ("a", "b c"), "seed": 7, "stop": ("x",),
+        "include_stop": True, "stop_token_ids": (1,), "ignore_eos": True, "skip_special_tokens": False,
+        "num_logprobs": 3,
+    }  # fmt: skip
+    assert expected.keys() == set(SamplingParams.__struct_fields__), "an option without a tensor in this test"
+    assert parsed(**tensors).params == SamplingParams(**expected)
+    as_json = {**expected, "logprobs": expected["num_logprobs"], "include_stop_str_in_output": True}
+    del as_json["num_logprobs"], as_json["include_stop"]
+    assert parsed(sampling_parameters=json.dumps(as_json)).params == SamplingParams(**expected)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1}', '{"1": "x"}', "[" * 100_000, '{"1": null}', "\ud800"])
+def test_a_bad_logit_bias_is_named(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="logit_bias"):
+        parsed({"logit_bias": text})
+
+
+@pytest.mark.parametrize("name", ["image", "lora_name", "guided_decoding_guide", "embedding_request"])
+def test_what_this_backend_cannot_do_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
+        parsed(**{name: "x"})
+
+
+@pytest.mark.parametrize("name", ["lora_name", "structured_outputs", "best_of", "prompt_logprobs"])
+def test_it_is_refused_in_json_too(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
+        parsed(sampling_parameters=json.dumps({name: 2}))
+    with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
+        parsed({name: 2})
+
+
+def test_logprobs_come_when_they_are_asked_for() -> None:
+    both = {"logprobs", "cumulative_logprob"}
+    assert not both & parsed().outputs
+    assert both <= parsed(num_logprobs=np.array([0], dtype=np.int32)).outputs
+    request = parsed(return_logprobs=True)
+    assert both <= request.outputs and request.params.num_logprobs == 0
+    assert parsed(outputs=["logprobs"]).outputs == {"logprobs"}
+    assert both & parsed({"num_logprobs": 2, "return_logprobs": False}).outputs == {"cumulative_logprob"}

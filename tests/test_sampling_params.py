@@ -23,6 +23,7 @@ def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **c
         "vocab_size": 100,
         "max_model_len": 10,
         "eos_token_ids": (2, 9),
+        "encode_word": lambda word: [[ord(letter) % 100 for letter in word], [50, len(word)]],
     }
     return resolve(params, defaults, **{**facts, **changes})
 
@@ -48,6 +49,16 @@ def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **c
         ("presence_penalty", 2.1),
         ("presence_penalty", math.nan),
         ("frequency_penalty", -2.1),
+        ("min_tokens", -1),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("bad_words", ("",)),
+        ("bad_words", ("x",) * 65),
+        ("stop_token_ids", (1,) * 257),
+        ("num_logprobs", -1),
+        ("num_logprobs", 21),
         ("seed", -1),
         ("seed", MAX_SEED + 1),
         ("stop", ("",)),
@@ -132,3 +143,24 @@ def test_bad_generation_config_is_named(tmp_path: Path, content: str, named: str
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"generation_config\.json.*{named}|{named}.*"):
         GenerationDefaults.from_dir(tmp_path)
+
+
+def test_min_tokens_above_max_tokens_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="min_tokens=6"):
+        SamplingParams(max_tokens=5, min_tokens=6)
+
+
+def test_what_the_engine_does_before_a_draw_is_resolved() -> None:
+    request = resolved(SamplingParams(logit_bias={7: -100.0, 8: 2.5}, bad_words=("ab",), min_tokens=3, num_logprobs=5))
+    assert request.logit_bias == [(7, -100.0), (8, 2.5)]
+    assert request.bad_words == [[97, 98], [50, 2]]
+    assert (request.min_tokens, request.num_logprobs) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [(SamplingParams(logit_bias={100: 1.0}), "logit_bias"), (SamplingParams(num_logprobs=11), "num_logprobs")],
+)
+def test_ids_and_counts_beyond_the_vocabulary_are_refused(params: SamplingParams, name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=name):
+        resolved(params, vocab_size=10)

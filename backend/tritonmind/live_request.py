@@ -7,7 +7,7 @@ import queue
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import FinishReason, TokenOutput
@@ -24,7 +24,10 @@ log = logging.getLogger("tritonmind")
 
 @dataclass(kw_only=True)
 class Answer:
-    """What one response says. Text, ids and num_output_tokens are those since the previous response."""
+    """What one response says. Text, ids, num_output_tokens and logprobs are those since the previous response.
+
+    logprobs: for each id the likeliest tokens and the drawn one, by id. cumulative_logprob: of the answer so far.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -33,6 +36,8 @@ class Answer:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | None = None
+    logprobs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
 
 
 class Responder(Protocol):

@@ -8,6 +8,10 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+MAX_LOGPROBS = (
+    20  # log-probabilities that a request may ask for at a position, the largest of OpenAI's and vLLM's limits
+)
+
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request as the engine sees it: everything resolved, no text. What has a default has its neutral value there.
@@ -28,6 +32,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     priority: int = 0  # the lower, the earlier it runs and the later it is preempted
+    min_tokens: int = 0  # before that many, none of stop_token_ids is drawn
+    logit_bias: list[tuple[int, float]] = []  # added to the logits of these ids, no id twice
+    bad_words: list[list[int]] = []  # runs of token ids that must not come
+    num_logprobs: int | None = None  # of the likeliest tokens, at most MAX_LOGPROBS; 0 is the drawn one only
 
     @property
     def has_penalty(self) -> bool:
@@ -51,12 +59,24 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 ToEngine = EngineRequest | Abort | Call
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities by the model's own logits: of the drawn token, and (id, value) of the likeliest, in order.
+
+    rank: of the drawn token, 1 for the likeliest.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request. The one with a finish_reason is the last for its request.
 
     num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache.
     stop_token_id: the id that ended it, which is the last of token_ids. error: set with finish_reason "error".
     queue_time_s: from the engine's taking the request to its first admission; set with the first token.
+    logprobs: one for each of token_ids, if the request asked for them.
     """
 
     request_id: int
@@ -67,6 +87,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     error: str | None = None
     queue_time_s: float | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,6 +50,8 @@ INPUTS = (
     TensorField("exclude_input_in_output", "TYPE_BOOL", 1),
     TensorField("sampling_parameters", "TYPE_STRING", 1),
     TensorField("max_tokens", "TYPE_INT32", 1),
+    TensorField("min_tokens", "TYPE_INT32", 1),
+    TensorField("min_length", "TYPE_INT32", 1),
     TensorField("temperature", "TYPE_FP32", 1),
     TensorField("top_k", "TYPE_INT32", 1),
     TensorField("top_p", "TYPE_FP32", 1),
@@ -57,15 +59,27 @@ INPUTS = (
     TensorField("repetition_penalty", "TYPE_FP32", 1),
     TensorField("presence_penalty", "TYPE_FP32", 1),
     TensorField("frequency_penalty", "TYPE_FP32", 1),
+    TensorField("logit_bias", "TYPE_STRING", 1),
+    TensorField("bad_words", "TYPE_STRING", -1),
     TensorField("seed", "TYPE_UINT64", 1),
     TensorField("stop", "TYPE_STRING", -1),
     TensorField("stop_words", "TYPE_STRING", -1),
     TensorField("stop_token_ids", "TYPE_INT32", -1),
+    TensorField("include_stop", "TYPE_BOOL", 1),
     TensorField("ignore_eos", "TYPE_BOOL", 1),
+    TensorField("skip_special_tokens", "TYPE_BOOL", 1),
+    TensorField("num_logprobs", "TYPE_INT32", 1),
     TensorField("return_token_ids", "TYPE_BOOL", 1),
     TensorField("return_finish_reason", "TYPE_BOOL", 1),
     TensorField("return_num_input_tokens", "TYPE_BOOL", 1),
     TensorField("return_num_output_tokens", "TYPE_BOOL", 1),
+    TensorField("return_logprobs", "TYPE_BOOL", 1),
+    TensorField("return_cumulative_logprob", "TYPE_BOOL", 1),
+    TensorField("image", "TYPE_STRING", -1),
+    TensorField("lora_name", "TYPE_STRING", 1),
+    TensorField("guided_decoding_guide_type", "TYPE_STRING", 1),
+    TensorField("guided_decoding_guide", "TYPE_STRING", 1),
+    TensorField("embedding_request", "TYPE_STRING", 1),
 )
 
 OUTPUTS = (
@@ -76,10 +90,33 @@ OUTPUTS = (
     TensorField("num_input_tokens", "TYPE_UINT32", 1),
     TensorField("num_output_tokens", "TYPE_UINT32", -1),
     TensorField("num_cached_tokens", "TYPE_UINT32", 1),
+    TensorField("cumulative_logprob", "TYPE_FP32", -1),
+    TensorField("logprobs", "TYPE_STRING", -1),
 )
 
 _INPUT_BY_NAME = {field.name: field for field in INPUTS}
-_SPELLINGS = {"streaming": "stream", "stop_words": "stop"}
+_SPELLINGS = {
+    "streaming": "stream",
+    "stop_words": "stop",
+    "min_length": "min_tokens",
+    "logprobs": "num_logprobs",
+    "include_stop_str_in_output": "include_stop",
+}
+# What clients of other backends may send and this one has no answer to: refused by name, never left out silently.
+_UNSUPPORTED = {
+    "image": "models that see images are not served",
+    "lora_name": "adapters are not served: merge the adapter into the checkpoint",
+    "guided_decoding_guide_type": "structured output is not available yet",
+    "guided_decoding_guide": "structured output is not available yet",
+    "structured_outputs": "structured output is not available yet",
+    "embedding_request": "embeddings are not served",
+    "best_of": "send n requests and choose",
+    "use_beam_search": "beam search is not available",
+    "beam_width": "beam search is not available",
+    "prompt_logprobs": "log-probabilities of the prompt are not available yet",
+}
+# Outputs that a request gets when it asks for log-probabilities, or names them.
+_LOGPROB_OUTPUTS = frozenset({"logprobs", "cumulative_logprob"})
 _SAMPLING_TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams)
 _FLAG_TYPES: dict[str, Any] = {field.name: bool for field in INPUTS if field.data_type == "TYPE_BOOL"}
 # Whole numbers of a request, each from 0 to the largest value of its tensor's type.
@@ -122,7 +159,7 @@ class ParsedRequest:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     stream: bool = False
     echo: bool = False
-    outputs: frozenset[str] = frozenset(field.name for field in OUTPUTS)
+    outputs: frozenset[str] = frozenset(field.name for field in OUTPUTS) - _LOGPROB_OUTPUTS
 
     @property
     def is_order(self) -> bool:
@@ -137,6 +174,8 @@ class _Options:
         self._given: dict[str, tuple[str, Any]] = {}
 
     def add(self, name: str, value: Any, source: str) -> None:
+        if name in _UNSUPPORTED:
+            raise InvalidRequestError(name, value, f"{_UNSUPPORTED[name]}; leave it out")
         canonical = _SPELLINGS.get(name, name)
         value = _convert(canonical, value)
         if canonical in self._given:
@@ -171,7 +210,10 @@ class _Options:
         return value or None
 
     def sampling_params(self) -> SamplingParams:
-        return SamplingParams(**{n: value for n, (_, value) in self._given.items() if n in _SAMPLING_TYPES})
+        values = {name: value for name, (_, value) in self._given.items() if name in _SAMPLING_TYPES}
+        if any(self.flag(f"return_{name}", False) for name in _LOGPROB_OUTPUTS):
+            values.setdefault("num_logprobs", 0)
+        return SamplingParams(**values)
 
 
 def parse_request(
@@ -198,7 +240,7 @@ def parse_request(
             options.add_json(str(value), "sampling_parameters among the request's parameters")
         elif name == "timeout":
             options.add("timeout_ms", _convert("timeout", value) / 1000, "the request's parameter timeout")
-        elif name in _OPTION_TYPES or name in _SPELLINGS:
+        elif name in _OPTION_TYPES or name in _SPELLINGS or name in _UNSUPPORTED:
             options.add(name, value, "the request's parameters")
         elif name not in _FOREIGN_PARAMETERS and not name.startswith(_FOREIGN_PREFIXES):
             raise InvalidRequestError(name, value, f"unknown request parameter; known are {_known(_OPTION_TYPES)}")
@@ -213,6 +255,8 @@ def parse_request(
     # A tokenizer that adds bos would make a prompt of nothing.
     if field == "text_input" and not prompt:
         raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")
+    params = options.sampling_params()
+    unwanted = _LOGPROB_OUTPUTS - set(requested_outputs) if params.num_logprobs is None else frozenset()
     return ParsedRequest(
         text=prompt if field == "text_input" else None,
         input_ids=prompt if field == "input_ids" else None,
@@ -222,13 +266,15 @@ def parse_request(
         cancel=cancel,
         priority=options.number("priority") or 0,
         timeout_ms=options.timeout_ms(),
-        params=options.sampling_params(),
+        params=params,
         stream=options.flag("stream", False),
         echo=not options.flag("exclude_input_in_output", True),
         outputs=frozenset(
             field.name
             for field in OUTPUTS
-            if (not requested_outputs or field.name in requested_outputs) and options.flag(f"return_{field.name}", True)
+            if (not requested_outputs or field.name in requested_outputs)
+            and options.flag(f"return_{field.name}", True)
+            and field.name not in unwanted
         ),
     )
 
@@ -290,7 +336,7 @@ def _json_options(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise InvalidRequestError("sampling_parameters", text, "must be a JSON object")
     for name, value in options.items():
-        if _SPELLINGS.get(name, name) not in _SAMPLING_TYPES:
+        if _SPELLINGS.get(name, name) not in _SAMPLING_TYPES and name not in _UNSUPPORTED:
             expected = f"unknown key in sampling_parameters; known are {_known(_SAMPLING_TYPES)}"
             raise InvalidRequestError(name, value, expected)
     return {name: value for name, value in options.items() if value is not None}
@@ -298,11 +344,13 @@ def _json_options(text: str) -> dict[str, Any]:
 
 def _convert(name: str, value: Any) -> Any:
     """Lenient where benchmark clients are: numbers and booleans may be written as strings, one stop string as such."""
-    if name == "stop" and isinstance(value, str):
+    if name in ("stop", "bad_words") and isinstance(value, str):
         value = [value]
     try:
+        if name == "logit_bias" and isinstance(value, str):
+            value = msgspec.json.decode(value)
         return msgspec.convert(value, _OPTION_TYPES[name], strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InvalidRequestError(name, value, str(error)) from None
 
 

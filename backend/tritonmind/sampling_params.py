@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from tritonmind.errors import ConfigError, InvalidRequestError
-from tritonmind.messages import EngineRequest
+from tritonmind.messages import MAX_LOGPROBS, EngineRequest
 
-MAX_STOP_STRINGS = 64
-MAX_STOP_STRING_LENGTH = 1024
+MAX_STRINGS = 64  # of stop, and of bad_words
+MAX_STRING_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_BIAS = 100
 MAX_SEED = 2**64 - 1
 MAX_OPENAI_PENALTY = 2
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -26,15 +29,20 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling options of a request.
 
-    max_tokens: tokens to generate, at least 1. temperature: 0 is greedy. top_k: 0 keeps all. top_p: in (0, 1]. min_p:
-    in [0, 1], drops tokens less likely than this share of the likeliest. repetition_penalty: above 0, on tokens of
-    prompt and answer (CTRL, Keskar et al. 2019). presence_penalty, frequency_penalty: -2 to 2, on tokens of the answer,
-    once and each time (OpenAI's API). seed: unsigned 64 bit; the same seed gives the same text whatever else is in the
-    batch. stop: strings that end the answer and are not part of it. stop_token_ids: end the answer like eos does.
-    ignore_eos: go on past eos.
+    max_tokens, min_tokens: tokens to generate at most and, before the answer may end by a token, at least.
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p: in (0, 1]. min_p: in [0, 1], drops tokens less likely than this
+    share of the likeliest. repetition_penalty: above 0, on tokens of prompt and answer (CTRL, Keskar et al. 2019).
+    presence_penalty, frequency_penalty: -2 to 2, on tokens of the answer, once and each time (OpenAI's API).
+    logit_bias: added to the logits of token ids, -100 to 100. bad_words: texts that must not come, also after a space.
+    seed: unsigned 64 bit; the same seed gives the same text whatever else is in the batch.
+    stop: strings that end the answer and are not part of it, unless include_stop. stop_token_ids: end the answer like
+    eos does. ignore_eos: go on past eos. skip_special_tokens: special tokens have no text.
+    num_logprobs: log-probabilities of the drawn token and of so many of the likeliest at each position; 0 is the first
+    alone.
     """
 
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -42,14 +50,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
+    bad_words: tuple[str, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    num_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequestError("max_tokens", self.max_tokens, "must be at least 1")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise InvalidRequestError("min_tokens", self.min_tokens, "must be at least 0 and at most max_tokens")
         if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise InvalidRequestError(
                 "temperature", self.temperature, "must be a finite number of at least 0 (0 is greedy)"
@@ -74,18 +89,36 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 )
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError("seed", self.seed, "must fit an unsigned 64-bit integer")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} are allowed")
-        for text in self.stop:
-            if not text:
-                raise InvalidRequestError("stop", text, "a stop string must not be empty")
-            if len(text) > MAX_STOP_STRING_LENGTH:
-                raise InvalidRequestError(
-                    "stop", text, f"a stop string has at most {MAX_STOP_STRING_LENGTH} characters"
-                )
+        for name in ("stop", "bad_words"):
+            _check_strings(name, getattr(self, name))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                "stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} are allowed"
+            )
         for token_id in self.stop_token_ids:
             if token_id < 0:
                 raise InvalidRequestError("stop_token_ids", token_id, "token ids are not negative")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidRequestError(
+                "logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_LOGIT_BIASES} are allowed"
+            )
+        for token_id, bias in self.logit_bias.items():
+            if token_id < 0 or not abs(bias) <= MAX_BIAS:
+                raise InvalidRequestError(
+                    "logit_bias", {token_id: bias}, f"maps token ids to numbers from -{MAX_BIAS} to {MAX_BIAS}"
+                )
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError("num_logprobs", self.num_logprobs, f"must be 0 to {MAX_LOGPROBS}")
+
+
+def _check_strings(name: str, texts: tuple[str, ...]) -> None:
+    if len(texts) > MAX_STRINGS:
+        raise InvalidRequestError(name, f"{len(texts)} strings", f"at most {MAX_STRINGS} are allowed")
+    for text in texts:
+        if not text:
+            raise InvalidRequestError(name, text, "a string must not be empty")
+        if len(text) > MAX_STRING_LENGTH:
+            raise InvalidRequestError(name, text, f"a string has at most {MAX_STRING_LENGTH} characters")
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,12 +159,13 @@ def resolve(
     vocab_size: int,
     max_model_len: int,
     eos_token_ids: Sequence[int],
+    encode_word: Callable[[str], list[list[int]]],
 ) -> EngineRequest:
     """Settle every option that the request left open and check what depends on the model.
 
-    max_tokens becomes at most what the context of max_model_len tokens has left after the prompt. A request without
-    a seed gets a random one. Raises InvalidRequestError for a prompt that is empty, too long or has ids outside the
-    vocabulary.
+    max_tokens becomes at most what the context of max_model_len tokens has left after the prompt. A request without a
+    seed gets a random one. encode_word: the runs of token ids that a bad word may be written as. Raises
+    InvalidRequestError for a prompt that is empty, too long or has ids outside the vocabulary.
     """
     length = len(prompt_token_ids)
     if not length:
@@ -142,10 +176,16 @@ def resolve(
             f"{length} tokens",
             f"session_len is {max_model_len} and the answer needs at least one: send up to {max_model_len - 1}",
         )
-    for name, ids in (("input_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("input_ids", prompt_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias),
+    ):
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(name, token_id, f"token ids are 0 to {vocab_size - 1}")
+    if params.num_logprobs is not None and params.num_logprobs > vocab_size:
+        raise InvalidRequestError("num_logprobs", params.num_logprobs, f"the vocabulary has {vocab_size} tokens")
     left = max_model_len - length
     stop_token_ids = set(params.stop_token_ids)
     if not params.ignore_eos:
@@ -165,4 +205,8 @@ def resolve(
         frequency_penalty=params.frequency_penalty or 0.0,
         seed=secrets.randbits(64) if params.seed is None else params.seed,
         stop_token_ids=sorted(stop_token_ids),
+        min_tokens=params.min_tokens,
+        logit_bias=list(params.logit_bias.items()),
+        bad_words=[run for word in params.bad_words for run in encode_word(word)],
+        num_logprobs=params.num_logprobs,
     )

@@ -31,7 +31,7 @@ from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import GenerationDefaults, resolve
 from tritonmind.sessions import SessionStore
 from tritonmind.supervisor import EngineFailurePolicy, EngineSupervisor
-from tritonmind.text_stream import TextDelta, TextStream
+from tritonmind.text_stream import TextDelta, text_stream
 from tritonmind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -215,10 +215,11 @@ class RequestServer:
                 vocab_size=self._model.vocab_size,
                 max_model_len=client.info.max_model_len,
                 eos_token_ids=self._model.eos_token_ids,
+                encode_word=self._tokenizer.encode_word,
             )
             request = msgspec.structs.replace(request, priority=live.request.priority or self._default_priority)
             live.prompt_token_ids = token_ids
-            live.stream = TextStream(self._tokenizer, live.request.params.stop)
+            live.stream = text_stream(self._tokenizer, live.request.params)
             live.answer = Answer(text=text if live.request.echo else "", num_input_tokens=len(token_ids))
             live.client = client
             live.submitted_at = time.monotonic()
@@ -263,6 +264,7 @@ class RequestServer:
             answer.text += delta.text
             answer.token_ids += delta.token_ids
             answer.num_output_tokens += delta.num_tokens
+            self._add_logprobs(live, delta)
             answer.num_cached_tokens = output.num_cached_tokens
             answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
             if delta.finish_reason is not None and output.finish_reason is None:
@@ -273,9 +275,34 @@ class RequestServer:
             live.responder.send(answer, final=True)
             self._end(live, None)
         elif live.request.stream and answer.text and answer.num_output_tokens:
-            live.answer = Answer(num_input_tokens=answer.num_input_tokens, num_cached_tokens=answer.num_cached_tokens)
+            live.answer = Answer(
+                num_input_tokens=answer.num_input_tokens,
+                num_cached_tokens=answer.num_cached_tokens,
+                cumulative_logprob=answer.cumulative_logprob,
+            )
             self._metrics.count("generated_tokens", answer.num_output_tokens)
             live.responder.send(answer, final=False)
+
+    def _add_logprobs(self, live: LiveRequest, delta: TextDelta) -> None:
+        """Lane thread: log-probabilities as vLLM's backend writes them, for each token {id: {logprob, rank, ...}}."""
+        if delta.logprobs is None:
+            return
+        answer = live.answer
+        for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+            ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
+            if all(other != token_id for other, _, _ in ranked):
+                ranked.append((token_id, logprob.logprob, logprob.rank))
+            answer.logprobs.append(
+                {
+                    str(other): {
+                        "logprob": value,
+                        "rank": rank,
+                        "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
+                    }
+                    for other, value, rank in ranked
+                }
+            )
+            answer.cumulative_logprob += logprob.logprob
 
     def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
         """Lane thread: account for the last response, sending it if it is an error."""
@@ -393,7 +420,9 @@ class RequestServer:
 def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
     """Lane thread: an output's text, and its tokens for the session's history."""
     assert live.stream is not None
-    delta = live.stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+    delta = live.stream.push(
+        output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
+    )
     if live.request.session is not None:
         live.answer_token_ids += delta.token_ids
         live.ended_by_token = output.stop_token_id is not None and len(delta.token_ids) == len(output.token_ids)

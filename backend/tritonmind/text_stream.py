@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tritonmind.messages import FinishReason
+from tritonmind.messages import FinishReason, TokenLogprob
+from tritonmind.sampling_params import SamplingParams
 from tritonmind.tokenizer import Tokenizer
 
 
@@ -19,6 +20,7 @@ class TextDelta:
 
     token_ids: those that count, ending with the one that completed a stop string. num_tokens: how many.
     stop_reason: the stop string, or the decimal id of the token, that ended the answer; None when neither did.
+    logprobs: one for each of token_ids, None if they came without.
     """
 
     text: str
@@ -26,6 +28,7 @@ class TextDelta:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class StopMatcher:
@@ -88,20 +91,34 @@ class StopMatcher:
 class TextStream:
     """One answer's text. Not thread-safe: it belongs to the thread that answers the request.
 
-    stop: strings that end the answer and are not part of it. Tokens after the one that completes a stop string do
-    not count. Special tokens, and a token that ends the answer by its id, count but have no text.
+    stop: strings that end the answer. Tokens after the one that completes a stop string do not count. What ends the
+    answer, a stop string or a token by its id, has no text in it unless include_stop. Special tokens count but have no
+    text, unless skip_special_tokens is false.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+        self._include_stop = include_stop
         self._matcher = StopMatcher(stop) if stop else None
         self._pending = ""
         self.finished = False
 
     def push(
-        self, token_ids: Sequence[int], finished: FinishReason | None = None, *, stop_token_id: int | None = None
+        self,
+        token_ids: Sequence[int],
+        finished: FinishReason | None = None,
+        *,
+        stop_token_id: int | None = None,
+        logprobs: Sequence[TokenLogprob] | None = None,
     ) -> TextDelta:
-        """Take the next tokens of the answer.
+        """Take the next tokens of the answer, with their log-probabilities if there are any.
 
         finished: the engine's finish reason when these are the last. stop_token_id: the id that ended it, which is
         then the last of token_ids. A stop string wins over both, since it ended the answer earlier.
@@ -109,27 +126,32 @@ class TextStream:
         assert not self.finished, "tokens after the end of an answer"
         ended_by_id = finished is not None and stop_token_id is not None
         parts: list[str] = []
+        num_tokens, reason, stop = len(token_ids), finished, str(stop_token_id) if ended_by_id else None
+        found: str | None = None
         for count, token_id in enumerate(token_ids, start=1):
-            if ended_by_id and count == len(token_ids):
+            if ended_by_id and count == len(token_ids) and not self._include_stop:
                 break
-            text, stop = self._scan(self._detokenizer.push(token_id))
+            text, found = self._scan(self._detokenizer.push(token_id))
             parts.append(text)
-            if stop is not None:
-                return self._finish(parts, token_ids[:count], "stop", stop)
-        if finished is None:
-            return TextDelta("".join(parts), len(token_ids), list(token_ids))
-        text, stop = self._scan(self._detokenizer.flush())
-        parts.append(text)
-        if stop is not None:
-            return self._finish(parts, token_ids, "stop", stop)
-        parts.append(self._pending)
-        return self._finish(parts, token_ids, finished, str(stop_token_id) if ended_by_id else None)
-
-    def _finish(
-        self, parts: list[str], token_ids: Sequence[int], reason: FinishReason, stop_reason: str | None
-    ) -> TextDelta:
-        self.finished = True
-        return TextDelta("".join(parts), len(token_ids), list(token_ids), reason, stop_reason)
+            if found is not None:
+                num_tokens, reason, stop = count, "stop", found
+                break
+        if finished is not None and found is None:
+            text, found = self._scan(self._detokenizer.flush())
+            parts.append(text)
+            if found is not None:
+                reason, stop = "stop", found
+            else:
+                parts.append(self._pending)
+        self.finished = reason is not None
+        return TextDelta(
+            text="".join(parts),
+            num_tokens=num_tokens,
+            token_ids=list(token_ids[:num_tokens]),
+            finish_reason=reason,
+            stop_reason=stop if self.finished else None,
+            logprobs=None if logprobs is None else list(logprobs[:num_tokens]),
+        )
 
     def _scan(self, text: str) -> tuple[str, str | None]:
         """Text that may be shown now, and the stop string that ended it."""
@@ -140,7 +162,14 @@ class TextStream:
         for position, character in enumerate(text, start=seen + 1):
             stop = self._matcher.push(character)
             if stop is not None:
-                return self._pending[: position - len(stop)], stop
+                return self._pending[: position if self._include_stop else position - len(stop)], stop
         cut = len(self._pending) - self._matcher.held
         shown, self._pending = self._pending[:cut], self._pending[cut:]
         return shown, None
+
+
+def text_stream(tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
+    """The stream of an answer to a request with these options."""
+    return TextStream(
+        tokenizer, params.stop, include_stop=params.include_stop, skip_special_tokens=params.skip_special_tokens
+    )

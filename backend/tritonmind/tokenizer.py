@@ -207,6 +207,11 @@ class Tokenizer:
         (encoding,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
+    def encode_word(self, text: str) -> list[list[int]]:
+        """The runs of token ids that `text` may be written as within an answer: as it is, and after a space."""
+        runs = [self.encode(variant, add_special_tokens=False) for variant in (text, f" {text.lstrip()}")]
+        return [run for number, run in enumerate(runs) if run and run not in runs[:number]]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it.
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from tritonmind.errors import UnavailableError
-from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, TokenOutput
+from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, TokenLogprob, TokenOutput
 
 
 class FakeEngine:
@@ -61,6 +61,7 @@ class FakeEngine:
         error: str | None = None,
         num_cached_tokens: int = 0,
         queue_time_s: float | None = None,
+        logprobs: list[TokenLogprob] | None = None,
     ) -> bool:
         """Give tokens out; False when the request has ended."""
         with self._lock:
@@ -78,6 +79,7 @@ class FakeEngine:
                 stop_token_id=stop_token_id,
                 error=error,
                 queue_time_s=queue_time_s,
+                logprobs=logprobs,
             )
         )
         return True

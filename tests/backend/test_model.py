@@ -17,7 +17,7 @@ from tests.backend.conftest import MAX_MODEL_LEN, Served, array_of, error_of, ev
 from tests.backend.fake_engine import FakeEngine
 from tritonmind.config import DRAIN_FILE_VARIABLE
 from tritonmind.errors import ConfigError, TritonmindError
-from tritonmind.messages import EngineRequest
+from tritonmind.messages import EngineRequest, TokenLogprob
 from tritonmind.request_fields import INPUTS, OUTPUTS
 
 MESSAGES = json.dumps([{"role": "user", "content": "hi"}])
@@ -188,7 +188,7 @@ def test_a_text_that_cannot_fit_is_refused_without_encoding_it(served: Served, f
     sent = array_of(text if field == "text_input" else json.dumps([{"role": "user", "content": text}]))
     begin = time.perf_counter()
     error = error_of(served.send(**{field: sent}))
-    assert time.perf_counter() - begin < 0.5
+    assert time.perf_counter() - begin < 5, "encoding it takes a minute"
     assert error.code() == served.pb_utils.TritonError.INVALID_ARG
     assert error.message().startswith(f"{field}=")
     assert f"session_len is {MAX_MODEL_LEN} tokens" in error.message()
@@ -423,3 +423,36 @@ def test_auto_complete_adds_what_is_missing_and_leaves_the_rest(adapter: ModuleT
     assert [tensor["name"] for tensor in completed["output"]] == [field.name for field in OUTPUTS]
     assert completed["model_transaction_policy"] == {"decoupled": True}
     assert completed["max_batch_size"] == 1
+
+
+def test_logprobs_are_written_as_vllm_writes_them(served: Served) -> None:
+    sender = served.send(text_input="hello", stream=True, num_logprobs=np.array([2], dtype=np.int32))
+    served.engine.wait_for(1)
+    first, second = served.ids("ab")[:1], served.ids("xy")[:1]
+    served.engine.output(0, first, logprobs=[TokenLogprob(-0.5, 1, [(first[0], -0.5), (9, -1.5)])])
+    assert eventually(lambda: len(sender.responses) == 1)
+    served.engine.output(0, second, "length", logprobs=[TokenLogprob(-4.0, 7, [(8, -0.25), (9, -1.5)])])
+    assert sender.final.wait(5)
+    (text,) = value(sender.responses[0], "logprobs")
+    (position,) = json.loads(text)
+    assert position[str(first[0])]["rank"] == 1 and position[str(first[0])]["logprob"] == -0.5
+    assert position["9"]["rank"] == 2 and set(position) == {str(first[0]), "9"}
+    assert position[str(first[0])]["decoded_token"] == served.tokenizer.decode(first)
+    (text,) = value(sender.responses[1], "logprobs")
+    (position,) = json.loads(text)
+    assert position[str(second[0])] == {
+        "logprob": -4.0,
+        "rank": 7,
+        "decoded_token": served.tokenizer.decode(second),
+    }
+    totals = [value(response, "cumulative_logprob")[0] for response in sender.responses]
+    assert totals == [-0.5, -4.5]
+
+
+def test_answers_have_no_logprobs_unless_asked_for(served: Served) -> None:
+    sender = served.send(text_input="hello")
+    served.engine.wait_for(1)
+    served.engine.output(0, served.ids("a"), "length")
+    assert sender.final.wait(5)
+    names = {tensor.name() for tensor in sender.responses[0].output_tensors()}
+    assert "text_output" in names and not {"logprobs", "cumulative_logprob"} & names

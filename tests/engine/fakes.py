@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tritonmind.engine.model_runner import StepResult
 from tritonmind.engine.scheduler import SchedulerOutput
 
 VOCAB_SIZE = 97
@@ -33,8 +34,8 @@ class FakeHandle:
     def __init__(self, token_ids: list[int]) -> None:
         self._token_ids = token_ids
 
-    def wait(self) -> list[int]:
-        return self._token_ids
+    def wait(self) -> StepResult:
+        return StepResult(self._token_ids, None)
 
 
 class FakeExecutor:

@@ -67,7 +67,7 @@ def copy_cache(source: ModelRunner, target: ModelRunner) -> None:
 
 
 def run(runner: ModelRunner, output: SchedulerOutput) -> tuple[torch.Tensor, list[int]]:
-    token_ids = runner.execute(output).wait()
+    token_ids = runner.execute(output).wait().token_ids
     return runner.logits[: len(token_ids)].clone(), token_ids
 
 
@@ -132,7 +132,7 @@ def test_steps_wait_for_nothing(runner: ModelRunner) -> None:
         handles = [runner.execute(output) for output in outputs[2:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [len(handle.wait()) for handle in handles] == [6, 2]
+    assert [len(handle.wait().token_ids) for handle in handles] == [6, 2]
 
 
 def test_nothing_compiles_after_ready(workspace: Workspace) -> None:

@@ -75,7 +75,7 @@ class Driver:
                 return
         if self.in_flight:
             due, handle = self.in_flight.popleft()
-            self.take(self.scheduler.update(due, handle.wait()))
+            self.take(self.scheduler.update(due, *handle.wait()))
             self.scheduler.check_integrity()
 
     def run(self, limit: int = 2000) -> None:

@@ -18,6 +18,7 @@ def check(num_rows: int, vocab_size: int, num_top: int, target: Target) -> None:
     actual = token_logprobs(logits, token_ids.to(target.device), num_top=num_top)
     # Logits are taken as they are, whatever their dtype: the result is as exact as fp32.
     assert_close(actual.chosen.cpu(), expected.chosen)
+    assert actual.ranks.tolist() == expected.ranks.tolist()
     assert_close(actual.top_logprobs.cpu(), expected.top_logprobs)
     assert actual.top_ids.shape == (num_rows, num_top) and actual.top_ids.dtype == torch.int64
     logprobs = logits.cpu().float().log_softmax(1)
@@ -44,6 +45,7 @@ def test_masked_tokens(target: Target) -> None:
     actual = token_logprobs(logits.to(target.device, target.dtype), token_ids, num_top=2)
     assert actual.chosen[0].item() == pytest.approx(-1.3132617, rel=1e-6)
     assert actual.chosen[1].item() == -float("inf")
+    assert actual.ranks.tolist() == [2, 2]
     assert actual.top_ids[0].tolist() == [4321, 4999] and actual.top_ids[1, 0] == 3
     assert actual.top_logprobs[1].tolist() == [0.0, -float("inf")]
 

@@ -88,7 +88,7 @@ class EngineCore:
             assert self.scheduler.num_live == 0, "live sequences, but nothing can be scheduled"
             return []
         due = self._in_flight.popleft()
-        outputs = self.scheduler.update(due.output, due.handle.wait())
+        outputs = self.scheduler.update(due.output, *due.handle.wait())
         self._count(outputs)
         return outputs
 

@@ -11,10 +11,10 @@ from typing import TypeAlias
 from tritonmind.chat_template import Message, load_chat_template
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, UnavailableError
-from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
+from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from tritonmind.model_source import open_model
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve
-from tritonmind.text_stream import TextDelta, TextStream
+from tritonmind.text_stream import TextDelta, TextStream, text_stream
 from tritonmind.tokenizer import Tokenizer
 
 # Text as it stands, token ids, or a conversation for the chat template.
@@ -23,13 +23,17 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished answer. num_cached_tokens: prompt tokens that came from the prefix cache."""
+    """One finished answer. num_cached_tokens: prompt tokens that came from the prefix cache.
+
+    logprobs: one for each of token_ids, None unless num_logprobs asked for them.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,11 @@ class _Answer:
             finish_reason=reason,
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
+            logprobs=(
+                None
+                if self.request.num_logprobs is None
+                else [logprob for delta in self.deltas for logprob in delta.logprobs or ()]
+            ),
         )
 
 
@@ -97,7 +106,7 @@ class LLM:
             for prompt in prompts:
                 request = self._request(prompt, params)
                 self.engine.submit(request, outputs.put)
-                answers[request.request_id] = _Answer(request, TextStream(self.tokenizer, params.stop))
+                answers[request.request_id] = _Answer(request, text_stream(self.tokenizer, params))
             while not all(answer.stream.finished for answer in answers.values()):
                 output = outputs.get()
                 answer = answers[output.request_id]
@@ -111,7 +120,7 @@ class LLM:
         """Answer one prompt piece by piece. Leaving early cancels the rest."""
         params = params or SamplingParams()
         request = self._request(prompt, params)
-        answer = _Answer(request, TextStream(self.tokenizer, params.stop))
+        answer = _Answer(request, text_stream(self.tokenizer, params))
         for output in self.engine.stream(request):
             delta = self._take(answer, output)
             yield StreamDelta(
@@ -131,6 +140,7 @@ class LLM:
             vocab_size=self.model.vocab_size,
             max_model_len=self.engine.info.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
+            encode_word=self.tokenizer.encode_word,
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -146,7 +156,9 @@ class LLM:
         """Add an engine output to its answer. One that a stop string ends is given up in the engine."""
         if output.finish_reason == "error":
             raise UnavailableError(output.error or "the engine failed")
-        delta = answer.stream.push(output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id)
+        delta = answer.stream.push(
+            output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
+        )
         answer.deltas.append(delta)
         answer.num_cached_tokens = output.num_cached_tokens
         if answer.stream.finished and output.finish_reason is None:

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
@@ -26,9 +27,11 @@ from tritonmind.engine.device import (
 )
 from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
+from tritonmind.engine.logit_edits import plan_edits, warm_up_edits
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import NUM_BUFFERS
-from tritonmind.kernels import PREFILL_VARIANTS, decode_variants
+from tritonmind.kernels import PREFILL_VARIANTS, TokenLogprobs, decode_variants, token_logprobs
+from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
 from tritonmind.model_source import ModelSource
 from tritonmind.models.weight_loader import load_model
 
@@ -40,18 +43,42 @@ AUTOMATIC_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 GRAPH_RESERVE_BYTES = 1 << 30
 
 
-class StepHandle:
-    """A launched step. `wait` gives the sampled ids, in the order of the scheduler's sampling items."""
+class StepResult(NamedTuple):
+    """What a step drew, in the order of the scheduler's sampling items. logprobs: None if no request asked for any."""
 
-    def __init__(self, token_ids: torch.Tensor, event: torch.cuda.Event | None) -> None:
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None] | None
+
+
+class StepHandle:
+    """A launched step."""
+
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        event: torch.cuda.Event | None,
+        logprobs: TokenLogprobs | None = None,
+        num_logprobs: list[int | None] | None = None,
+    ) -> None:
         self._token_ids = token_ids
         self._event = event
+        self._logprobs = logprobs
+        self._num_logprobs = num_logprobs  # by row
 
-    def wait(self) -> list[int]:
-        """Block until the step's ids are on the host; later steps go on."""
+    def wait(self) -> StepResult:
+        """Block until the step's results are on the host; later steps go on."""
         if self._event is not None:
             self._event.synchronize()
-        return self._token_ids.tolist()
+        if self._logprobs is None or self._num_logprobs is None:
+            return StepResult(self._token_ids.tolist(), None)
+        rows = zip(self._num_logprobs, *(tensor.tolist() for tensor in self._logprobs), strict=True)
+        logprobs = [
+            None
+            if wanted is None
+            else TokenLogprob(chosen, rank, list(zip(ids[:wanted], values[:wanted], strict=True)))
+            for wanted, chosen, rank, ids, values in rows
+        ]
+        return StepResult(self._token_ids.tolist(), logprobs)
 
 
 class ModelRunner:
@@ -81,6 +108,7 @@ class ModelRunner:
         self._builder = InputBuilder(config, self.device)
         self._sampler = self._builder.sampler
         self.logits = torch.zeros((max_num_seqs, config.model.vocab_size), dtype=self.dtype, device=self.device)
+        self._unedited_logits = torch.empty_like(self.logits)
         is_cuda = self.device.type == "cuda"
         self._read_backs = deque(
             torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=is_cuda) for _ in range(NUM_BUFFERS)
@@ -102,24 +130,43 @@ class ModelRunner:
         num_rows = output.num_tokens
         if self._decode_graphs is not None and not output.prefills:
             num_rows = bucket_of(self._buckets, num_rows)
-        return self._launch(self._builder.stage(output, num_rows=num_rows))
+        step = self._builder.stage(output, num_rows=num_rows)
+        self._forward(step)
+        if not step.num_samples:
+            return StepHandle(torch.empty(0, dtype=torch.int64), None)
+        sampling = [item for item in output.items if item.samples]
+        num_logprobs = [item.seq.request.num_logprobs for item in sampling]
+        logits = self.logits[: step.num_samples]
+        edits = plan_edits(sampling)
+        if edits is not None:
+            if any(number is not None for number in num_logprobs):
+                # Log-probabilities are those of the model, whatever a request does to its logits.
+                logits = self._unedited_logits[: step.num_samples].copy_(logits)
+            edits.apply(self.logits[: step.num_samples], *self._sampler.slots_and_last_token_ids(step.num_samples))
+        return self._read_back(self._sample(step), logits, num_logprobs)
 
-    def _launch(self, step: Step) -> StepHandle:
+    def _forward(self, step: Step) -> None:
+        """Leave the logits of the step's sampling rows in self.logits."""
         if self._decode_graphs is not None and not step.num_prefills:
             self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
         else:
             self.model(self._builder.model_inputs(step), self.kv_caches, out=self.logits[: step.num_samples])
-        if not step.num_samples:
-            return StepHandle(torch.empty(0, dtype=torch.int64), None)
-        sampled = self._sample(step)
+
+    def _read_back(self, sampled: torch.Tensor, logits: torch.Tensor, num_logprobs: list[int | None]) -> StepHandle:
+        """Send what was drawn to the host, with log-probabilities if a row wants some."""
+        logprobs = None
+        if any(number is not None for number in num_logprobs):
+            logprobs = token_logprobs(logits, sampled, num_top=max(number or 0 for number in num_logprobs))
         if self.device.type == "cpu":
-            return StepHandle(sampled.clone(), None)  # the next step overwrites it
+            return StepHandle(sampled.clone(), None, logprobs, num_logprobs)  # the next step overwrites it
         self._read_backs.rotate()
-        token_ids = self._read_backs[0][: step.num_samples]
+        token_ids = self._read_backs[0][: len(sampled)]
         token_ids.copy_(sampled, non_blocking=True)
+        if logprobs is not None:
+            logprobs = TokenLogprobs._make(_to_pinned(tensor) for tensor in logprobs)
         event = torch.cuda.Event()
         event.record()
-        return StepHandle(token_ids, event)
+        return StepHandle(token_ids, event, logprobs, num_logprobs)
 
     def _sample(self, step: Step) -> torch.Tensor:
         num_samples = step.num_samples
@@ -172,6 +219,7 @@ class ModelRunner:
         self._run_padding(0, [longest] * min(max_tokens // longest, max_seqs))
         num_chunks = min(max_seqs, max_tokens)
         self._run_padding(0, [max_tokens // num_chunks] * num_chunks)
+        self._warm_up_options(min(max_seqs, num_chunks))
         for query_len in PREFILL_VARIANTS:
             self._run_padding(0, [min(query_len, longest)])
         num_kv_heads = model.num_kv_heads // self.config.tensor_parallel_size
@@ -180,11 +228,18 @@ class ModelRunner:
             if num_decodes < max_seqs:
                 self._run_padding(num_decodes, [min(16, longest)])
 
+    def _warm_up_options(self, num_rows: int) -> None:
+        """What some requests ask for beside the draw, at its largest."""
+        logits = self.logits[:num_rows]
+        warm_up_edits(logits, *self._sampler.slots_and_last_token_ids(num_rows))
+        token_logprobs(logits, self._sampler.token_ids[:num_rows], num_top=min(MAX_LOGPROBS, logits.shape[1]))
+
     def _run_padding(self, num_decodes: int, prefill_lens: list[int]) -> None:
         """A step for nobody, drawn both ways."""
         step = self._builder.stage_padding(num_decodes, prefill_lens)
-        self._launch(step)
-        self._launch(step._replace(greedy=False))
+        self._forward(step)
+        for greedy in (True, False):
+            self._sample(step._replace(greedy=greedy))
 
     def _capture(self) -> None:
         """Capture decoding and both ways of sampling, in one memory pool."""
@@ -215,3 +270,8 @@ class ModelRunner:
         # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
         per_logit_row = 6 * model.vocab_size * 4
         return limits.max_num_batched_tokens * per_token * self.dtype.itemsize + limits.max_num_seqs * per_logit_row
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """On its way to the host; a copy to other memory would wait. PyTorch's allocator reuses the memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -54,6 +54,10 @@ class Sampler:
         """[max_num_seqs] int64: the last draw, by row of its step, on the device."""
         return self._token_ids
 
+    def slots_and_last_token_ids(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of the step's first sampling rows [num_rows] int32, and what was drawn last by slot."""
+        return self._slots[:num_rows], self._last_token_ids
+
     def admit(self, seq: Sequence) -> None:
         """Take over the options of a sequence that has just got its slot. All of its tokens must be known."""
         request, slot = seq.request, seq.slot

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
-from tritonmind.messages import EngineRequest, FinishReason, TokenOutput
+from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
 
 
@@ -122,13 +122,19 @@ class Scheduler:
                 budget -= num_new
         return SchedulerOutput(decodes, prefills)
 
-    def update(self, output: SchedulerOutput, sampled_ids: list[int]) -> list[TokenOutput]:
-        """Take a finished step's sampled ids: one for each item with `samples`, in the order of `output.items`."""
+    def update(
+        self, output: SchedulerOutput, sampled_ids: list[int], logprobs: list[TokenLogprob | None] | None = None
+    ) -> list[TokenOutput]:
+        """Take a finished step's sampled ids: one for each item with `samples`, in the order of `output.items`.
+
+        logprobs: as many, None for the rows that asked for none; or None for all.
+        """
         outputs = []
         ids = iter(sampled_ids)
+        row_logprobs = iter(logprobs or [None] * len(sampled_ids))
         for item in output.items:
             seq = item.seq
-            token_id = next(ids) if item.samples else None
+            token_id, logprob = (next(ids), next(row_logprobs)) if item.samples else (None, None)
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if token_id is not None:
@@ -142,7 +148,7 @@ class Scheduler:
                 reason = self._finish_reason(seq, token_id)
                 if reason is not None:
                     self._finish(seq, reason)
-                outputs.append(_output(seq, [token_id]))
+                outputs.append(_output(seq, [token_id], logprob))
         assert next(ids, None) is None, "more sampled ids than sampling sequences"
         return outputs
 
@@ -231,7 +237,7 @@ def _running_order(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.admission
 
 
-def _output(seq: Sequence, token_ids: list[int]) -> TokenOutput:
+def _output(seq: Sequence, token_ids: list[int], logprob: TokenLogprob | None = None) -> TokenOutput:
     return TokenOutput(
         request_id=seq.request_id,
         token_ids=token_ids,
@@ -240,4 +246,5 @@ def _output(seq: Sequence, token_ids: list[int]) -> TokenOutput:
         finish_reason=seq.finish_reason,
         stop_token_id=token_ids[-1] if seq.finish_reason == "stop" else None,
         queue_time_s=seq.queue_time_s if len(seq.token_ids) == seq.num_prompt_tokens + len(token_ids) else None,
+        logprobs=None if logprob is None else [logprob],
     )

@@ -8,6 +8,7 @@ from tritonmind.kernels.attention import (
     paged_prefill_attention,
 )
 from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.logit_edits import edit_logits
 from tritonmind.kernels.logprobs import TokenLogprobs, token_logprobs
 from tritonmind.kernels.norm import add_rms_norm, rms_norm
 from tritonmind.kernels.philox import gumbel_noise, philox_uniform
@@ -24,6 +25,7 @@ __all__ = [
     "TokenLogprobs",
     "add_rms_norm",
     "decode_variants",
+    "edit_logits",
     "gather_rows",
     "gumbel_noise",
     "paged_decode_attention",

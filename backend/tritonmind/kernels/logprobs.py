@@ -11,6 +11,7 @@ class TokenLogprobs(NamedTuple):
     """Of the tokens that were drawn, and of the likeliest ones, likeliest first."""
 
     chosen: torch.Tensor  # [R] fp32
+    ranks: torch.Tensor  # [R] int64, of the chosen ones: 1 is the likeliest, equals share a rank
     top_ids: torch.Tensor  # [R, num_top] int64
     top_logprobs: torch.Tensor  # [R, num_top] fp32
 
@@ -34,5 +35,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: in
     else:
         log_mass = logits.float().logsumexp(dim=1)
         chosen = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).float() - log_mass
+    ranks = (logits > logits.gather(1, token_ids.unsqueeze(1))).sum(dim=1) + 1
     values, top_ids = logits.topk(num_top, dim=1)
-    return TokenLogprobs(chosen, top_ids, values.float() - log_mass.unsqueeze(1))
+    return TokenLogprobs(chosen, ranks, top_ids, values.float() - log_mass.unsqueeze(1))

@@ -212,4 +212,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: in
     logprobs = logits.float().log_softmax(dim=1)
     top = logprobs.sort(dim=1, descending=True)
     chosen = logprobs[torch.arange(len(token_ids)), token_ids]
-    return TokenLogprobs(chosen, top.indices[:, :num_top], top.values[:, :num_top])
+    ascending = top.values.flip(1).contiguous()
+    ranks = 1 + logits.shape[1] - torch.searchsorted(ascending, chosen.unsqueeze(1), right=True).squeeze(1)
+    return TokenLogprobs(chosen, ranks, top.indices[:, :num_top], top.values[:, :num_top])
