@@ -167,7 +167,7 @@ def test_help_loads_nothing_heavy() -> None:
     code += "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])"
     loaded = loaded_after(code, BACKEND, TOOLS)
     assert "tritonmind_tools.cli" in loaded
-    assert not loaded & {"torch", "numpy", "transformers", "tritonclient", "grpc", "jinja2"}
+    assert not loaded & {"torch", "numpy", "transformers", "tritonclient", "grpc", "jinja2", "rich"}
 
 
 def test_adapter_loads_no_torch() -> None:

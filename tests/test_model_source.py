@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from tritonmind.errors import CheckpointError, ConfigError, TritonmindError, Wor
 from tritonmind.model_source import open_model
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.workspace import Workspace
+from tritonmind_tools.demo import demo_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "hidden": 48},
@@ -120,6 +122,16 @@ def test_temporary_tokenizer_is_removed_at_exit(checkpoint: Path, tmp_path: Path
     )
     assert int(done.stdout) == (checkpoint / "tokenizer.json").stat().st_size, done.stderr
     assert not any(temporary.iterdir())
+
+
+def test_gguf_file_is_the_workspace_of_it(smollm2_workspace: Path) -> None:
+    path = demo_checkpoint()
+    source, workspace = open_model(path, dtype="fp32"), Workspace.open(smollm2_workspace)
+    assert dataclasses.replace(source.model, model_name="smollm2") == workspace.model
+    assert source.model.model_name == path.stem
+    for file in workspace.tokenizer_dir.iterdir():
+        assert (source.tokenizer_dir / file.name).read_bytes() == file.read_bytes(), file.name
+    assert_same(dict(source.tensors(0)), dict(workspace.tensors(0)))
 
 
 def refused(path: Path, kind: type[TritonmindError], **overrides: Any) -> str:

@@ -27,7 +27,7 @@ def test_a_conversation_outlives_its_server(tmp_path: Path) -> None:
             terminal.type("/set max_tokens 8\nhello\n\n")
             terminal.expect(r"\[prompt \d+ tokens, 0 cached, answer 8 tokens, .*, length\]\n> ")
             terminal.type("word " * 3000 + "\n\n")
-            terminal.expect(r"error: .*session_len is 4096.* the 1 turns before count: /undo")
+            terminal.expect(r"error: .*session_len is 4096.* the conversation before it counts: /undo")
             terminal.type("/set max_tokens\nhello again\n\n")
             terminal.expect("\ufffd")
             terminal.interrupt()

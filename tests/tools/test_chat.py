@@ -63,7 +63,9 @@ def test_a_conversation_in_a_terminal(models: dict[str, Path], source: str) -> N
         terminal.expect(r"\[prompt \d+ tokens, \d+ cached, answer 8 tokens, .*, length\]\n> ")
         # What is asked here is longer than the context.
         terminal.type("word " * 60 + "\n\n")
-        terminal.expect(r"error: prompt='\d+ tokens' is invalid: session_len is 200 .* the 2 turns before count: /undo")
+        terminal.expect(
+            r"error: prompt='\d+ tokens' is invalid: session_len is 200 .* the conversation before it counts: /undo"
+        )
         terminal.type("end\n")
         terminal.expect("the conversation is forgotten")
         terminal.type("hello\n\n")

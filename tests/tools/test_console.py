@@ -83,7 +83,7 @@ def test_a_prompt_too_long_says_what_to_do() -> None:
     talk = Talk("one\n\nlong\n\nend\nlong\n")
     errors = [line for line in talk.notes.splitlines() if line.startswith("error: ")]
     assert all("600 tokens" in line and "session_len is 512" in line for line in errors)
-    assert "the 1 turns before count: /undo takes the last one back, /clear forgets all" in errors[0]
+    assert "the conversation before it counts: /undo takes the last turn back, /clear forgets all" in errors[0]
     assert errors[1].endswith("shorten the question")
 
 

@@ -152,7 +152,7 @@ class Console:
             self._screen.note("given up")
             return
         answer = "".join(delta.text for _, delta in arrivals)
-        if answer or arrivals[-1][1].finish_reason != "cancelled":
+        if answer or not any(delta.finish_reason == "cancelled" for _, delta in arrivals):
             self.turns.append(Turn(question, answer))
             self._unanswered = None
 
@@ -197,7 +197,7 @@ class Console:
             return ""
         if not self.turns:
             return "; shorten the question"
-        return f"; the {len(self.turns)} turns before count: /undo takes the last one back, /clear forgets all"
+        return "; the conversation before it counts: /undo takes the last turn back, /clear forgets all"
 
     def _fail(self, message: str) -> None:
         self._failed = True

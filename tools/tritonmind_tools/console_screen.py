@@ -16,7 +16,7 @@ _VISIBLE = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr
 
 
 class Screen:
-    """A terminal when `interactive`. In a pipe answers go to `output` and everything else to `notes`."""
+    """A terminal when `interactive`; else answers go to `output` and the rest to `notes`, both without escape codes."""
 
     def __init__(self, lines: TextIO, output: TextIO, notes: TextIO, *, interactive: bool) -> None:
         from rich.console import Console
@@ -24,6 +24,7 @@ class Screen:
         self.interactive = interactive
         self._lines = lines
         self._output = output
+        self._visible = _VISIBLE if output.isatty() else {}
         self._rich = Console(
             file=output if interactive else notes,
             force_terminal=None if interactive else False,
@@ -62,7 +63,7 @@ class Screen:
     def write(self, text: str) -> None:
         """Show a piece of an answer at once."""
         if text:
-            self._output.write(text.translate(_VISIBLE) if self.interactive else text)
+            self._output.write(text.translate(self._visible))
             self._output.flush()
             self._at_line_start = text.endswith("\n")
 

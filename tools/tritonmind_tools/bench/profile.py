@@ -48,7 +48,7 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "profile", help="where the time of a decode step goes", description=__doc__
     )
-    parser.add_argument("workspace", help="workspace that `tritonmind convert` wrote")
+    parser.add_argument("workspace", help="workspace, or the checkpoint of one")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences (default %(default)s)")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
