@@ -22,10 +22,12 @@ from tritonmind.kernels import (
     triton_activation,
     triton_attention,
     triton_gather,
+    triton_logit_edits,
     triton_logprobs,
     triton_norm,
     triton_rotary,
     triton_sampling,
+    triton_step_inputs,
 )
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -109,6 +111,17 @@ def main() -> None:
             prefill.label = f"{str(dtype).removeprefix('torch.')} BLOCK_M {max_query_len}"
             triton_attention.paged_prefill_attention(q, pool, pool, tables, ints[:5], lengths, max_query_len, 0.1, q)
     compile_sampling()
+    compile_step_inputs()
+
+
+def compile_step_inputs() -> None:
+    """What has no floating-point type."""
+    write = Compiler(triton_step_inputs, "_write_block_tables_kernel")
+    prepare = Compiler(triton_step_inputs, "_prepare_tokens_kernel")
+    write.label = prepare.label = "int32"
+    ints, longs = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+    triton_step_inputs.write_block_tables(ints.view(4, 2), ints, ints)
+    triton_step_inputs.prepare_tokens(ints, ints, ints, longs, ints.view(4, 2), 64, longs, longs, ints)
 
 
 def compile_sampling() -> None:
@@ -117,6 +130,7 @@ def compile_sampling() -> None:
     score = Compiler(triton_sampling, "_score_kernel")
     choose = Compiler(triton_sampling, "_choose_kernel")
     logprobs = Compiler(triton_logprobs, "_logprobs_kernel")
+    edit = Compiler(triton_logit_edits, "_edit_logits_kernel")
     ids, slots, values = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32), torch.empty(4)
     for dtype in (torch.float16, torch.bfloat16):
         name = gather.label = str(dtype).removeprefix("torch.")
@@ -126,7 +140,8 @@ def compile_sampling() -> None:
             logits = torch.empty(4, vocab_size, dtype=dtype)
             counts = torch.zeros(4, vocab_size, dtype=torch.int32)
             state = SamplingState(values, slots, values, values, values, values, values, ids, counts)
-            logprobs.label = f"{name} VOCAB {vocab_size}"
+            logprobs.label = edit.label = f"{name} VOCAB {vocab_size}"
+            triton_logit_edits.edit_logits(logits, slots, slots, values, slots, slots, ids)
             triton_logprobs.token_logprobs(logits, ids)
             for greedy in (True, False):
                 score.label = choose.label = f"{name} VOCAB {vocab_size} GREEDY {greedy}"

@@ -22,6 +22,9 @@ KERNELS = {
     "_score_kernel",
     "_choose_kernel",
     "_logprobs_kernel",
+    "_edit_logits_kernel",
+    "_write_block_tables_kernel",
+    "_prepare_tokens_kernel",
 }
 # Shared memory a block may have on sm_90.
 MAX_SHARED_BYTES = 227 << 10
