@@ -31,7 +31,9 @@ def test_convert_defaults_are_the_functions() -> None:
     assert (args.tokenizer_path, args.force, args.triton_batch_dim) == (None, False, False)
 
 
-@pytest.mark.parametrize("command", [["convert"], ["chat"], ["serve"], ["serve", "triton_server"], ["serve", "triton_client"]])
+@pytest.mark.parametrize(
+    "command", [["convert"], ["chat"], ["serve"], ["serve", "triton_server"], ["serve", "triton_client"]]
+)
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
