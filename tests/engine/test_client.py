@@ -76,6 +76,21 @@ def test_exactly_max_tokens_come_and_the_last_says_length(client: EngineClient) 
     assert last.finish_reason == "length" and last.num_prompt_tokens == 3
 
 
+def test_time_in_the_queue_comes_once_with_the_first_token(client: EngineClient) -> None:
+    outputs = list(client.stream(request(client, [5, 6, 7], 4)))
+    assert outputs[0].queue_time_s is not None and 0 <= outputs[0].queue_time_s < 5
+    assert all(output.queue_time_s is None for output in outputs[1:])
+
+
+def test_heartbeats_bring_statistics_a_few_times_a_second(client: EngineClient) -> None:
+    answer(client, [8, 9], 3)
+    expected = client.stats()
+    deadline = time.monotonic() + 1
+    while client.latest_stats != expected:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_concurrent_answers_are_those_of_each_request_alone(client: EngineClient) -> None:
     prompts = [[10 + n] * (1 + 9 * n) for n in range(8)]
     alone = [answer(client, prompt, 12)[0] for prompt in prompts]
