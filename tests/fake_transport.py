@@ -41,6 +41,7 @@ class FakeTransport:
             yield Delta(text="begun ", num_tokens=1)
             raise ERRORS[question]
         if question == "deaf":
+            yield Delta(text="begun ", num_tokens=1)
             threading.Event().wait()
         number = 0
         while question in ("slow", "silent"):

@@ -239,11 +239,14 @@ def test_a_second_ctrl_c_leaves_an_answer_that_does_not_hear() -> None:
     with Terminal(FAKE) as terminal:
         terminal.expect("> ")
         terminal.type("deaf\n\n")
+        terminal.expect("begun ")
         terminal.interrupt()
         terminal.interrupt()
-        terminal.expect("given up\n> ")
+        terminal.expect(r"answer 1 tokens, .*cancelled\]\n> ")
+        terminal.type("/history\n")
+        terminal.expect("assistant:\nbegun ")
         terminal.type("on\n\n")
-        terminal.expect("said: on\n.prompt 7 tokens")
+        terminal.expect("said: on\n.prompt 21 tokens")
 
 
 @pytest.mark.parametrize("key", ["Ctrl-C", "Ctrl-D"])

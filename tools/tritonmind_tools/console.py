@@ -27,7 +27,7 @@ from tritonmind_tools.console_options import (
     sampling_options,
 )
 from tritonmind_tools.console_screen import Screen
-from tritonmind_tools.console_transport import Delta, Message, Transport, statistics
+from tritonmind_tools.console_transport import Delta, Message, Transport, finish_reason, statistics
 
 
 class Turn(NamedTuple):
@@ -139,27 +139,28 @@ class Console:
     def _ask(self, question: str) -> None:
         """Have a question answered. One that fails, or is cancelled before a word came, is no part of the history."""
         self._unanswered = question
+        arrivals: list[tuple[float, Delta]] = []
         try:
-            arrivals = self._answer([*self.messages, {"role": "user", "content": question}])
+            self._receive([*self.messages, {"role": "user", "content": question}], arrivals)
         except TritonmindError as error:
             self._screen.end_answer()
             self._fail(f"{error}{self._remedy(error)}")
             return
         except KeyboardInterrupt:
+            # The second Ctrl-C, or one before the answer was under way.
             if not self._screen.interactive:
                 raise
-            self._screen.end_answer()
-            self._screen.note("given up")
-            return
+        self._screen.end_answer()
+        if self._show_statistics:
+            self._screen.note(statistics(arrivals))
         answer = "".join(delta.text for _, delta in arrivals)
-        if answer or not any(delta.finish_reason == "cancelled" for _, delta in arrivals):
+        if answer or finish_reason(arrivals) != "cancelled":
             self.turns.append(Turn(question, answer))
             self._unanswered = None
 
-    def _answer(self, messages: list[Message]) -> list[tuple[float, Delta]]:
-        """Show an answer as it comes. Returns its parts, each with the seconds after which it came."""
+    def _receive(self, messages: list[Message], arrivals: list[tuple[float, Delta]]) -> None:
+        """Show an answer as it comes, and add its parts to `arrivals`, each with the seconds after which it came."""
         begin = time.monotonic()
-        arrivals: list[tuple[float, Delta]] = []
         with (
             contextlib.closing(self._transport.stream(messages, self.options)) as deltas,
             self._interrupts(self._transport.cancel),
@@ -167,10 +168,6 @@ class Console:
             for delta in deltas:
                 arrivals.append((time.monotonic() - begin, delta))
                 self._screen.write(delta.text)
-        self._screen.end_answer()
-        if self._show_statistics:
-            self._screen.note(statistics(arrivals))
-        return arrivals
 
     @contextlib.contextmanager
     def _interrupts(self, cancel: Callable[[], None]) -> Iterator[None]:

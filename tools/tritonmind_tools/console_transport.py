@@ -59,5 +59,9 @@ def statistics(arrivals: Sequence[tuple[float, Delta]]) -> str:
         if last > first:
             parts.append(f"{(num_tokens - num_first) / (last - first):.1f} tok/s")
         parts.append(f"first after {first:.2f} s")
-    finish_reason = next((delta.finish_reason for delta in reversed(deltas) if delta.finish_reason), "cancelled")
-    return f"[{', '.join([*parts, finish_reason])}]"
+    return f"[{', '.join([*parts, finish_reason(arrivals)])}]"
+
+
+def finish_reason(arrivals: Sequence[tuple[float, Delta]]) -> str:
+    """Why an answer ended: "cancelled" if it did not get to say so."""
+    return next((delta.finish_reason for _, delta in arrivals if delta.finish_reason), "cancelled")
