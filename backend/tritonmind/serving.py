@@ -2,16 +2,14 @@
 
 Threads and their order of effects. `accept` registers a request and returns. An intake thread tokenises and submits
 it. The engine client's receive thread only appends token outputs to the request's inbox and rings its lane. A lane
-(one of a few sender threads; a request stays on its own) drains the inbox, turns everything pending into one response
-and sends it. The sweeper polls for cancellation, deadlines and the engine's life. Whoever gives a request up records
-the failure first, then aborts it in the engine, then rings its lane: only the lane ever sends. A request's session is
-free again before its last response leaves.
+(one of a few threads in `senders`; a request stays on its own) drains the inbox, turns everything pending into one
+response and sends it. The sweeper polls for cancellation, deadlines and the engine's life. Whoever gives a request up
+records the failure first, then aborts it in the engine, then rings its lane: only the lane ever sends.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -23,26 +21,23 @@ import msgspec
 from tritonmind.chat_template import ChatTemplate
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CancelledError, DeadlineError, NotFoundError, TritonmindError, UnavailableError
-from tritonmind.live_request import Answer, Lane, LiveRequest, Responder
-from tritonmind.messages import TokenOutput
-from tritonmind.metrics import Metrics, reason_of
+from tritonmind.live_request import Answer, LiveRequest, Responder
+from tritonmind.metrics import Metrics
 from tritonmind.prompts import PromptBuilder
 from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import GenerationDefaults, resolve
+from tritonmind.senders import Senders
 from tritonmind.sessions import SessionStore
 from tritonmind.supervisor import EngineFailurePolicy, EngineSupervisor
-from tritonmind.text_stream import TextDelta, text_stream
+from tritonmind.text_stream import text_stream
 from tritonmind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tritonmind.engine.client import EngineClient
 
-NUM_LANES = 4
 NUM_INTAKE_THREADS = 2
 SWEEP_PERIOD_S = 0.05
 METRICS_PERIOD_S = 0.25
-NUM_FINISH_ATTEMPTS = 3
-FINISH_RETRY_DELAY_S = 0.05
 SWEEP_COMPLAINT_PERIOD_S = 60.0
 
 log = logging.getLogger("tritonmind")
@@ -91,16 +86,12 @@ class RequestServer:
         self._stopping = threading.Event()
         self._next_complaint = 0.0
         self._engine = EngineSupervisor(start, engine_failure, on_engine_exit, self._stopping)
-        self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(NUM_LANES)]
         self._intake = ThreadPoolExecutor(NUM_INTAKE_THREADS, thread_name_prefix="intake")
-        self._senders = [
-            threading.Thread(target=self._run_lane, args=(lane,), name=f"sender-{i}", daemon=True)
-            for i, lane in enumerate(self._lanes)
-        ]
+        self._senders = Senders(tokenizer, sessions, metrics, self._ended)
         self._sweeper = threading.Thread(target=self._run_sweeper, name="sweeper", daemon=True)
         self._metrics_writer = threading.Thread(target=self._run_metrics, name="metrics", daemon=True)
-        for thread in (*self._senders, self._sweeper, self._metrics_writer):
-            thread.start()
+        self._sweeper.start()
+        self._metrics_writer.start()
 
     def accept(self, request: ParsedRequest, responder: Responder) -> None:
         """Answer `request` through `responder`. Returns at once; every failure becomes a response."""
@@ -152,20 +143,28 @@ class RequestServer:
         self._sweeper.join()
         self._metrics_writer.join()
         self._intake.shutdown(wait=True, cancel_futures=True)
-        for lane in self._lanes:
-            lane.put(None)
-        for thread in self._senders:
-            thread.join()
+        self._senders.close()
         log.info("requests accepted: %d, final responses sent: %d", self.num_accepted, self.num_finals)
         self._metrics.close()
         self._engine.close()
 
     def _register(self, request: ParsedRequest, responder: Responder) -> LiveRequest:
         with self._lock:
-            live = LiveRequest(request, responder, self._lanes[self.num_accepted % NUM_LANES])
+            live = LiveRequest(request, responder, self._senders.lane(self.num_accepted))
             self.num_accepted += 1
             self._live[live] = None
         return live
+
+    def _ended(self, live: LiveRequest, sent: bool) -> None:
+        """Lane thread: a request has had its last response, if it could be sent."""
+        with self._all_ended:
+            del self._live[live]
+            self.num_finals += sent
+            for follower in live.followers:
+                follower.num_awaited -= 1
+                if not follower.num_awaited:
+                    follower.ring()
+            self._all_ended.notify_all()
 
     def _obey(self, live: LiveRequest) -> None:
         """Act on an order, which is answered, saying what it did, after the requests that it ends."""
@@ -233,134 +232,6 @@ class RequestServer:
             log.exception("a request failed before it reached the engine")
             live.give_up(TritonmindError(f"internal error: {error!r}"))
 
-    def _run_lane(self, lane: Lane) -> None:
-        while (live := lane.get()) is not None:
-            # Before the inbox is read: what arrives from now on rings again.
-            live.rung = False
-            if live.closed:
-                continue
-            try:
-                self._advance(live)
-            except Exception as error:
-                log.exception("a response could not be made or sent")
-                live.abort()
-                self._end(live, TritonmindError(f"internal error: {error!r}"))
-
-    def _advance(self, live: LiveRequest) -> None:
-        """Lane thread: one response with everything that is pending, if there is something to say."""
-        if live.failure is not None:
-            self._end(live, live.failure)
-            return
-        answer = live.answer
-        while live.inbox and answer.finish_reason is None:
-            output = live.inbox.popleft()
-            if output.finish_reason == "error":
-                self._end(live, UnavailableError(output.error or "the engine failed"))
-                return
-            if output.finish_reason == "cancelled" and not live.interrupted:
-                self._end(live, CancelledError("the request was cancelled"))
-                return
-            delta = _take(live, output)
-            answer.text += delta.text
-            answer.token_ids += delta.token_ids
-            answer.num_output_tokens += delta.num_tokens
-            self._add_logprobs(live, delta)
-            answer.num_cached_tokens = output.num_cached_tokens
-            answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
-            if delta.finish_reason is not None and output.finish_reason is None:
-                live.abort()  # a stop string: the engine does not know
-        if answer.finish_reason is not None:
-            self._close_turn(live)
-            self._metrics.count("generated_tokens", answer.num_output_tokens)
-            live.responder.send(answer, final=True)
-            self._end(live, None)
-        elif live.request.stream and answer.text and answer.num_output_tokens:
-            live.answer = Answer(
-                num_input_tokens=answer.num_input_tokens,
-                num_cached_tokens=answer.num_cached_tokens,
-                cumulative_logprob=answer.cumulative_logprob,
-            )
-            self._metrics.count("generated_tokens", answer.num_output_tokens)
-            live.responder.send(answer, final=False)
-
-    def _add_logprobs(self, live: LiveRequest, delta: TextDelta) -> None:
-        """Lane thread: log-probabilities as vLLM's backend writes them, for each token {id: {logprob, rank, ...}}."""
-        if delta.logprobs is None:
-            return
-        answer = live.answer
-        for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-            ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
-            if all(other != token_id for other, _, _ in ranked):
-                ranked.append((token_id, logprob.logprob, logprob.rank))
-            answer.logprobs.append(
-                {
-                    str(other): {
-                        "logprob": value,
-                        "rank": rank,
-                        "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
-                    }
-                    for other, value, rank in ranked
-                }
-            )
-            answer.cumulative_logprob += logprob.logprob
-
-    def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
-        """Lane thread: account for the last response, sending it if it is an error."""
-        live.closed = True
-        self._close_turn(live)
-        sent = error is None or self._send_error(live.responder, error)
-        with self._all_ended:
-            del self._live[live]
-            self.num_finals += sent
-            for follower in live.followers:
-                follower.num_awaited -= 1
-                if not follower.num_awaited:
-                    follower.ring()
-            self._all_ended.notify_all()
-        self._record(live, error)
-
-    def _close_turn(self, live: LiveRequest) -> None:
-        """Lane thread: free the request's session, with all tokens in its history that came."""
-        turn, live.turn = live.turn, None
-        if turn is None:
-            return
-        while live.inbox and live.stream is not None and not live.stream.finished:
-            _take(live, live.inbox.popleft())
-        self._sessions.end(
-            turn,
-            live.request.messages,
-            live.prompt_token_ids,
-            live.answer_token_ids,
-            ended_by_token=live.ended_by_token,
-        )
-
-    def _record(self, live: LiveRequest, error: TritonmindError | None) -> None:
-        """Lane thread: count an ended request, unless it was an order that worked."""
-        if error is None and live.request.is_order:
-            return
-        reason = reason_of(error) if error is not None else str(live.answer.finish_reason)
-        self._metrics.count("requests_finished", value=reason)
-        if live.num_tokens:
-            self._metrics.count("prompt_tokens", live.answer.num_input_tokens)
-            self._metrics.count("prefix_cache_hit_tokens", live.answer.num_cached_tokens)
-        self._metrics.observe(live.times(complete=reason in ("stop", "length")))
-
-    def _send_error(self, responder: Responder, error: TritonmindError) -> bool:
-        """End a request with `error`, or else just end it. Whether either worked."""
-        try:
-            responder.fail(error)
-            return True
-        except Exception:
-            log.exception("the last response of a request could not be sent; ending it without: %s", error)
-        for _ in range(NUM_FINISH_ATTEMPTS):
-            try:
-                responder.finish()
-                return True
-            except Exception as cause:
-                log.error("a request could not be ended: %r", cause)
-                time.sleep(FINISH_RETRY_DELAY_S)
-        return False
-
     def _run_sweeper(self) -> None:
         while not self._stopping.wait(SWEEP_PERIOD_S):
             for watch in (self._engine.watch, self._watch_drain, self._watch_deadlines):
@@ -415,15 +286,3 @@ class RequestServer:
                 if not complained:
                     complained = True
                     log.exception("metrics could not be written, some counts are lost; logged once")
-
-
-def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
-    """Lane thread: an output's text, and its tokens for the session's history."""
-    assert live.stream is not None
-    delta = live.stream.push(
-        output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
-    )
-    if live.request.session is not None:
-        live.answer_token_ids += delta.token_ids
-        live.ended_by_token = output.stop_token_id is not None and len(delta.token_ids) == len(output.token_ids)
-    return delta

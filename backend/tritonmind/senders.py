@@ -1,0 +1,198 @@
+"""The threads that answer: tokens of a request in, responses to its client out.
+
+A lane is one thread's queue of requests to look at; a request stays on its own, so its responses keep their order. A
+request's session is free again before its last response leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from tritonmind.errors import CancelledError, TritonmindError, UnavailableError
+from tritonmind.live_request import Answer, Lane, LiveRequest, Responder
+from tritonmind.messages import TokenOutput
+from tritonmind.metrics import Metrics, reason_of
+from tritonmind.sessions import SessionStore
+from tritonmind.text_stream import TextDelta
+from tritonmind.tokenizer import Tokenizer
+
+NUM_LANES = 4
+NUM_FINISH_ATTEMPTS = 3
+FINISH_RETRY_DELAY_S = 0.05
+
+log = logging.getLogger("tritonmind")
+
+
+class Senders:
+    """All lanes. on_end: called once a request, with whether its last response could be sent."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sessions: SessionStore,
+        metrics: Metrics,
+        on_end: Callable[[LiveRequest, bool], None],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._sessions = sessions
+        self._metrics = metrics
+        self._on_end = on_end
+        self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(NUM_LANES)]
+        self._threads = [
+            threading.Thread(target=self._run_lane, args=(lane,), name=f"sender-{i}", daemon=True)
+            for i, lane in enumerate(self._lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def lane(self, number: int) -> Lane:
+        """The lane of the number-th request."""
+        return self._lanes[number % NUM_LANES]
+
+    def close(self) -> None:
+        """End the threads, after what they have been asked to look at."""
+        for lane in self._lanes:
+            lane.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run_lane(self, lane: Lane) -> None:
+        while (live := lane.get()) is not None:
+            # Before the inbox is read: what arrives from now on rings again.
+            live.rung = False
+            if live.closed:
+                continue
+            try:
+                self._advance(live)
+            except Exception as error:
+                log.exception("a response could not be made or sent")
+                live.abort()
+                self._end(live, TritonmindError(f"internal error: {error!r}"))
+
+    def _advance(self, live: LiveRequest) -> None:
+        """One response with everything that is pending, if there is something to say."""
+        if live.failure is not None:
+            self._end(live, live.failure)
+            return
+        answer = live.answer
+        while live.inbox and answer.finish_reason is None:
+            output = live.inbox.popleft()
+            if output.finish_reason == "error":
+                self._end(live, UnavailableError(output.error or "the engine failed"))
+                return
+            if output.finish_reason == "cancelled" and not live.interrupted:
+                self._end(live, CancelledError("the request was cancelled"))
+                return
+            delta = _take(live, output)
+            answer.text += delta.text
+            answer.token_ids += delta.token_ids
+            answer.num_output_tokens += delta.num_tokens
+            self._add_logprobs(live, delta)
+            answer.num_cached_tokens = output.num_cached_tokens
+            answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+            if delta.finish_reason is not None and output.finish_reason is None:
+                live.abort()  # a stop string: the engine does not know
+        if answer.finish_reason is not None:
+            self._close_turn(live)
+            self._metrics.count("generated_tokens", answer.num_output_tokens)
+            live.responder.send(answer, final=True)
+            self._end(live, None)
+        elif live.request.stream and answer.text and answer.num_output_tokens:
+            live.answer = Answer(
+                num_input_tokens=answer.num_input_tokens,
+                num_cached_tokens=answer.num_cached_tokens,
+                cumulative_logprob=answer.cumulative_logprob,
+            )
+            self._metrics.count("generated_tokens", answer.num_output_tokens)
+            live.responder.send(answer, final=False)
+
+    def _add_logprobs(self, live: LiveRequest, delta: TextDelta) -> None:
+        """Log-probabilities as vLLM's backend writes them, for each token {id: {logprob, rank, ...}}."""
+        if delta.logprobs is None:
+            return
+        answer = live.answer
+        for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+            ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
+            if all(other != token_id for other, _, _ in ranked):
+                ranked.append((token_id, logprob.logprob, logprob.rank))
+            answer.logprobs.append(
+                {
+                    str(other): {
+                        "logprob": value,
+                        "rank": rank,
+                        "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
+                    }
+                    for other, value, rank in ranked
+                }
+            )
+            answer.cumulative_logprob += logprob.logprob
+
+    def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
+        """Account for the last response, sending it if it is an error."""
+        live.closed = True
+        self._close_turn(live)
+        sent = error is None or _send_error(live.responder, error)
+        self._on_end(live, sent)
+        self._record(live, error)
+
+    def _close_turn(self, live: LiveRequest) -> None:
+        """Free the request's session, with all tokens in its history that came."""
+        turn, live.turn = live.turn, None
+        if turn is None:
+            return
+        try:
+            while live.inbox and live.stream is not None and not live.stream.finished:
+                _take(live, live.inbox.popleft())
+        except Exception:
+            log.exception("the last tokens of a turn are lost to its session")
+        self._sessions.end(
+            turn,
+            live.request.messages,
+            live.prompt_token_ids,
+            live.answer_token_ids,
+            ended_by_token=live.ended_by_token,
+        )
+
+    def _record(self, live: LiveRequest, error: TritonmindError | None) -> None:
+        """Count an ended request, unless it was an order that worked."""
+        if error is None and live.request.is_order:
+            return
+        reason = reason_of(error) if error is not None else str(live.answer.finish_reason)
+        self._metrics.count("requests_finished", value=reason)
+        if live.num_tokens:
+            self._metrics.count("prompt_tokens", live.answer.num_input_tokens)
+            self._metrics.count("prefix_cache_hit_tokens", live.answer.num_cached_tokens)
+        self._metrics.observe(live.times(complete=reason in ("stop", "length")))
+
+
+def _send_error(responder: Responder, error: TritonmindError) -> bool:
+    """End a request with `error`, or else just end it. Whether either worked."""
+    try:
+        responder.fail(error)
+        return True
+    except Exception:
+        log.exception("the last response of a request could not be sent; ending it without: %s", error)
+    for _ in range(NUM_FINISH_ATTEMPTS):
+        try:
+            responder.finish()
+            return True
+        except Exception as cause:
+            log.error("a request could not be ended: %r", cause)
+            time.sleep(FINISH_RETRY_DELAY_S)
+    return False
+
+
+def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
+    """An output's text, and its tokens for the session's history."""
+    assert live.stream is not None
+    delta = live.stream.push(
+        output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
+    )
+    if live.request.session is not None:
+        live.answer_token_ids += delta.token_ids
+        live.ended_by_token = output.stop_token_id is not None and len(delta.token_ids) == len(output.token_ids)
+    return delta
