@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.backend.conftest import Served, error_of, eventually, texts
@@ -114,3 +115,21 @@ def test_only_finals_that_were_sent_are_counted(served: Served) -> None:
     assert responder.num_attempts == 3
     assert (server.num_accepted, server.num_finals) == (1, 0)
     del served.model._server  # the fixture would find the accounts uneven, as they are
+
+
+def test_a_session_is_free_again_after_a_broken_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the lane would be dead, or the session busy, for ever."""
+    session = {"session_id": np.array([1], dtype=np.uint64)}
+    sender = served.send(text_input="a", sequence_start=True, **session)
+    request = served.engine.wait_for(1)
+    server = served.model._server
+    (live,) = server._live
+    monkeypatch.setattr(live.stream, "push", failing(live.stream.push, times=9))
+    served.engine.output(request.request_id, [9])
+    served.engine.output(request.request_id, [9])
+    assert error_of(sender).code() == served.pb_utils.TritonError.INTERNAL
+    next_turn = served.send(text_input="b", **session)
+    request = served.engine.wait_for(2)
+    served.engine.output(request.request_id, served.ids("c"), "length")
+    assert next_turn.final.wait(5)
+    assert texts(next_turn) == ["c"]
