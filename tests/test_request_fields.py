@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.backend.conftest import array_of
 from tritonmind.errors import InvalidRequestError
-from tritonmind.request_fields import OUTPUTS, ParsedRequest, parse_request
+from tritonmind.request_fields import OUTPUTS, ParsedRequest, SessionFields, parse_request
 from tritonmind.sampling_params import SamplingParams
 
 
@@ -200,3 +202,65 @@ def test_logprobs_come_when_they_are_asked_for() -> None:
     assert both <= request.outputs and request.params.num_logprobs == 0
     assert parsed(outputs=["logprobs"]).outputs == {"logprobs"}
     assert both & parsed({"num_logprobs": 2, "return_logprobs": False}).outputs == {"cumulative_logprob"}
+
+
+def test_session_fields_from_tensors_and_parameters() -> None:
+    expected = SessionFields(session_id=2**64 - 1, end=True, step=7)
+    tensors = {"session_id": np.array([[2**64 - 1]], dtype=np.uint64), "step": np.array([7], dtype=np.int32)}
+    assert parsed(**tensors, sequence_end=True).session == expected
+    assert parsed({"session_id": str(2**64 - 1), "step": "7", "sequence_end": "true"}).session == expected
+    assert parsed().session is None
+    order = parse_request({"session_stop": array_of(True)}, {"session_id": 1}, [])
+    assert order.is_order and order.session == SessionFields(session_id=1, stop=True)
+    order = parse_request({"cancel": array_of(True)}, {}, [], request_id="x")
+    assert order.is_order and order.cancel and order.request_id == "x"
+
+
+def test_limits_and_the_server_s_own_spellings_of_them() -> None:
+    request = parsed({"timeout": 1500, "priority": "4"})
+    assert (request.timeout_ms, request.priority) == (1.5, 4)
+    assert parsed({"timeout": 2000}, timeout_ms=np.array([2], dtype=np.int32)).timeout_ms == 2
+    with pytest.raises(InvalidRequestError, match=r"timeout_ms=2147483648.0 is invalid: must be 0 .* to 2147483647"):
+        parsed({"timeout_ms": 2**31})
+    assert parsed({"timeout": 0}, timeout_ms=np.array([0], dtype=np.int32)).timeout_ms is None
+
+
+VALUES: dict[str, list[Any]] = {
+    "text_input": ["a", ["a", "b"], np.array([b"\xff"], dtype=np.object_)],
+    "input_ids": [np.array([1, 2], dtype=np.int32)],
+    "session_id": [np.array([0], dtype=np.uint64), np.array([1, 2], dtype=np.uint64)],
+    "sequence_start": [True, False],
+    "sequence_end": [True, False],
+    "session_stop": [True, False],
+    "cancel": [True, False],
+    "step": [np.array([value], dtype=np.int32) for value in (-1, 0, 5)],
+    "priority": [np.array([value], dtype=np.int32) for value in (-1, 0, 5)],
+    "timeout_ms": [np.array([value], dtype=np.int32) for value in (-1, 0, 5)],
+}
+PARAMETERS: list[Any] = [None, True, -1, 0, 5, 2**70, 1.5, "x", "7", "", float("inf"), [1], {"a": 1}]
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_fields_is_a_sound_request_or_names_its_field(data: st.DataObject) -> None:
+    given_fields = data.draw(st.sets(st.sampled_from(sorted(VALUES))))
+    tensors = {name: array_of(data.draw(st.sampled_from(VALUES[name]))) for name in sorted(given_fields)}
+    names = [*sorted(VALUES.keys() - {"text_input", "input_ids"}), "timeout", "unknown"]
+    parameters = {
+        name: data.draw(st.sampled_from(PARAMETERS)) for name in data.draw(st.sets(st.sampled_from(names), max_size=2))
+    }
+    try:
+        request = parse_request(tensors, parameters, [], request_id=data.draw(st.sampled_from(["", "x"])))
+    except InvalidRequestError as error:
+        assert error.field and str(error).startswith(f"{error.field}=")
+        return
+    assert request.is_order == ("text_input" not in tensors and "input_ids" not in tensors)
+    session = request.session
+    assert 0 <= request.priority < 2**31 and (request.timeout_ms is None or 0 < request.timeout_ms < 2**31)
+    assert not request.cancel or (request.request_id and request.is_order and session is None)
+    if session is not None:
+        assert 0 <= session.session_id < 2**64 and (session.step is None or 0 <= session.step < 2**31)
+        assert not (session.stop and session.start) and (not session.stop or request.is_order)
+        assert not request.is_order or session.stop or session.end
+    else:
+        assert request.cancel or not request.is_order

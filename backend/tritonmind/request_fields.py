@@ -7,7 +7,6 @@ more than once, the values must agree.
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ class TensorField(NamedTuple):
     dims: int
 
 
+MAX_TIMEOUT_MS = 2**31 - 1
 PROMPT_FIELDS = ("text_input", "input_ids", "messages")
 
 INPUTS = (
@@ -205,8 +205,8 @@ class _Options:
     def timeout_ms(self) -> float | None:
         """None for no limit, which 0 means too, as with the Triton server."""
         value = self._given["timeout_ms"][1] if "timeout_ms" in self._given else 0.0
-        if not 0 <= value < math.inf:
-            raise InvalidRequestError("timeout_ms", value, "must be 0 (no limit) or a positive number of milliseconds")
+        if not 0 <= value <= MAX_TIMEOUT_MS:
+            raise InvalidRequestError("timeout_ms", value, f"must be 0 (no limit) to {MAX_TIMEOUT_MS} milliseconds")
         return value or None
 
     def sampling_params(self) -> SamplingParams:
