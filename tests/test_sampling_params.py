@@ -49,6 +49,8 @@ def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **c
         ("presence_penalty", 2.1),
         ("presence_penalty", math.nan),
         ("frequency_penalty", -2.1),
+        ("n", 0),
+        ("n", 129),
         ("min_tokens", -1),
         ("logit_bias", {5: 100.5}),
         ("logit_bias", {5: math.nan}),

@@ -32,6 +32,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     priority: int = 0  # the lower, the earlier it runs and the later it is preempted
+    parent_id: int | None = None  # the request with the same prompt that this one waits for, to share its blocks
     min_tokens: int = 0  # before that many, none of stop_token_ids is drawn
     logit_bias: list[tuple[int, float]] = []  # added to the logits of these ids, no id twice
     bad_words: list[list[int]] = []  # runs of token ids that must not come

@@ -20,6 +20,7 @@ MAX_STRINGS = 64  # of stop, and of bad_words
 MAX_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIASES = 1024
+MAX_ANSWERS = 128  # as OpenAI's API
 MAX_BIAS = 100
 MAX_SEED = 2**64 - 1
 MAX_OPENAI_PENALTY = 2
@@ -37,10 +38,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: unsigned 64 bit; the same seed gives the same text whatever else is in the batch.
     stop: strings that end the answer and are not part of it, unless include_stop. stop_token_ids: end the answer like
     eos does. ignore_eos: go on past eos. skip_special_tokens: special tokens have no text.
+    n: answers to the same prompt; a seed is that of the first, the next ones count on from it.
     num_logprobs: log-probabilities of the drawn token and of so many of the likeliest at each position; 0 is the first
     alone.
     """
 
+    n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float | None = None
@@ -61,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_ANSWERS:
+            raise InvalidRequestError("n", self.n, f"must be 1 to {MAX_ANSWERS}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequestError("max_tokens", self.max_tokens, "must be at least 1")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
@@ -210,3 +215,14 @@ def resolve(
         bad_words=[run for word in params.bad_words for run in encode_word(word)],
         num_logprobs=params.num_logprobs,
     )
+
+
+def siblings(first: EngineRequest, num_answers: int, next_request_id: Callable[[], int]) -> list[EngineRequest]:
+    """`first` and the requests for the other answers to its prompt: other seeds, and they wait for its prompt."""
+    others = [
+        msgspec.structs.replace(
+            first, request_id=next_request_id(), seed=(first.seed + number) & MAX_SEED, parent_id=first.request_id
+        )
+        for number in range(1, num_answers)
+    ]
+    return [first, *others]

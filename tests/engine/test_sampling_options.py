@@ -123,3 +123,19 @@ def test_rows_with_and_without_logprobs_share_a_batch(served: Served) -> None:
         assert one.logprobs is not None and other.logprobs is not None
         assert all(logprob.top == [] for logprob in other.logprobs)
         assert [a.logprob for a in one.logprobs] == pytest.approx([b.logprob for b in other.logprobs], abs=1e-4)
+
+
+def test_n_answers_have_their_own_seeds_and_one_prompt(served: Served) -> None:
+    options = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": 2**64 - 2}
+    together = served.llm.generate(PROMPTS, SamplingParams(n=3, **options))
+    served.llm.engine.check_integrity()
+    assert len(together) == 9
+    for number, prompt in enumerate(PROMPTS):
+        answers = together[3 * number : 3 * number + 3]
+        for index, answer in enumerate(answers):
+            seed = (2**64 - 2 + index) % 2**64
+            (alone,) = served.llm.generate([prompt], SamplingParams(**{**options, "seed": seed}))
+            assert answer.token_ids == alone.token_ids
+            if index:
+                assert answer.num_cached_tokens == (len(prompt) - 1) // 64 * 64
+        assert len({tuple(answer.token_ids) for answer in answers}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -274,3 +275,34 @@ def test_random_traffic(seed: int, depth: int, num_blocks: int, budget: int, cac
             assert driver.tokens[number] == expected[: len(driver.tokens[number])]
         else:
             assert driver.tokens[number] == expected
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_answers_to_one_prompt_share_its_blocks(depth: int) -> None:
+    """The prompt is computed once: what the others compute of it is only what no full block before its end holds."""
+    prompt = list(range(30))
+    driver = Driver(num_blocks=40, depth=depth)
+    driver.scheduler.add(request(0, prompt, 6))
+    for number in (1, 2):
+        driver.scheduler.add(msgspec.structs.replace(request(number, prompt, 6), parent_id=0))
+    driver.step()
+    assert len(driver.scheduler.running) == 1, "the others wait while the prompt is being computed"
+    driver.scheduler.add(request(3, [7, 7], 6))
+    driver.run()
+    for number in (0, 1, 2):
+        assert driver.tokens[number] == generate(prompt, 6)
+        assert driver.finals[number].num_cached_tokens == (0 if number == 0 else (len(prompt) - 1) // BLOCK * BLOCK)
+    assert driver.tokens[3] == generate([7, 7], 6)
+
+
+@pytest.mark.parametrize("end", ["abort", "no caching"])
+def test_an_answer_does_not_wait_for_a_prompt_that_nobody_computes(end: str) -> None:
+    prompt = list(range(30))
+    driver = Driver(num_blocks=40, depth=1, caching=end != "no caching")
+    driver.scheduler.add(request(0, prompt, 6))
+    driver.scheduler.add(msgspec.structs.replace(request(1, prompt, 6), parent_id=0))
+    driver.step()
+    if end == "abort":
+        driver.take(driver.scheduler.abort([0]))
+    driver.run()
+    assert driver.tokens[1] == generate(prompt, 6)

@@ -108,6 +108,10 @@ class BlockManager:
                 self._hash_of[block] = digest
         seq.num_committed_blocks = num_full
 
+    def has_prompt(self, seq: Sequence) -> bool:
+        """Whether all blocks of the sequence's prompt that another one can share have been computed."""
+        return not self.enable_prefix_caching or seq.num_committed_blocks >= self._num_shareable(seq.num_prompt_tokens)
+
     def release(self, seq: Sequence) -> None:
         """Take all blocks back, tail first."""
         for block in reversed(seq.block_table):
@@ -155,14 +159,17 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return []
         matched: list[int] = []
-        limit = (len(seq.token_ids) - 1) // self.block_size
-        for index in range(limit):
+        for index in range(self._num_shareable(len(seq.token_ids))):
             self._hash_blocks(seq, index + 1)
             block = self._block_of.get(seq.block_hashes[index])
             if block is None:
                 break
             matched.append(block)
         return matched
+
+    def _num_shareable(self, num_tokens: int) -> int:
+        """Full blocks before the last token, which each sequence computes for its logits."""
+        return (num_tokens - 1) // self.block_size
 
     def _hash_blocks(self, seq: Sequence, num_blocks: int) -> None:
         hashes, size = seq.block_hashes, self.block_size

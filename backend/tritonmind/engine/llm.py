@@ -13,7 +13,7 @@ from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from tritonmind.model_source import open_model
-from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve
+from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve, siblings
 from tritonmind.text_stream import TextDelta, TextStream, text_stream
 from tritonmind.tokenizer import Tokenizer
 
@@ -98,15 +98,16 @@ class LLM:
         self.engine.shutdown()
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
-        """Answer all prompts, batched together; answers in the order of the prompts."""
+        """Answer all prompts, batched together; answers in the order of the prompts, n in a row for each."""
         params = params or SamplingParams()
         outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         answers: dict[int, _Answer] = {}
         try:
             for prompt in prompts:
-                request = self._request(prompt, params)
-                self.engine.submit(request, outputs.put)
-                answers[request.request_id] = _Answer(request, text_stream(self.tokenizer, params))
+                first = self._request(prompt, params)
+                for request in siblings(first, params.n, self.engine.next_request_id):
+                    self.engine.submit(request, outputs.put)
+                    answers[request.request_id] = _Answer(request, text_stream(self.tokenizer, params))
             while not all(answer.stream.finished for answer in answers.values()):
                 output = outputs.get()
                 answer = answers[output.request_id]
@@ -117,8 +118,10 @@ class LLM:
         return [answer.completion() for answer in answers.values()]
 
     def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamDelta, None, None]:
-        """Answer one prompt piece by piece. Leaving early cancels the rest."""
+        """Answer one prompt piece by piece, n of 1. Leaving early cancels the rest."""
         params = params or SamplingParams()
+        if params.n != 1:
+            raise InvalidRequestError("n", params.n, "a stream is one answer: call generate, or stream n times")
         request = self._request(prompt, params)
         answer = _Answer(request, text_stream(self.tokenizer, params))
         for output in self.engine.stream(request):

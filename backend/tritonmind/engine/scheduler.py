@@ -109,12 +109,12 @@ class Scheduler:
                 budget -= num_new
 
         if self.num_preemptions == num_preemptions_before:
-            while self.waiting and self._free_slots and budget > 0:
-                seq = self.waiting[0]
+            while self._free_slots and budget > 0:
+                seq = next((waiting for waiting in self.waiting if not self._awaits_parent(waiting)), None)
                 # The token of a preempted sequence may still be in flight; it is needed to recompute.
-                if seq.num_pending_tokens or not self.block_manager.admit(seq):
+                if seq is None or seq.num_pending_tokens or not self.block_manager.admit(seq):
                     break
-                del self.waiting[0]
+                self.waiting.remove(seq)
                 self._start(seq)
                 num_new = min(budget, seq.num_tokens - seq.num_computed_tokens)
                 item = self._take(seq, num_new)
@@ -166,6 +166,12 @@ class Scheduler:
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         self.block_manager.check_integrity(self._live.values())
+
+    def _awaits_parent(self, seq: Sequence) -> bool:
+        """Whether the prompt that `seq` shares is still being computed by the request it names, if that is live."""
+        parent_id = seq.request.parent_id
+        parent = None if parent_id is None else self._live.get(parent_id)
+        return parent is not None and not self.block_manager.has_prompt(parent)
 
     def _is_complete(self, seq: Sequence) -> bool:
         """All tokens it may have are known or in flight; it only waits for the last update."""
