@@ -49,6 +49,7 @@ INPUTS = (
     TensorField("streaming", "TYPE_BOOL", 1),
     TensorField("exclude_input_in_output", "TYPE_BOOL", 1),
     TensorField("sampling_parameters", "TYPE_STRING", 1),
+    TensorField("n", "TYPE_INT32", 1),
     TensorField("max_tokens", "TYPE_INT32", 1),
     TensorField("min_tokens", "TYPE_INT32", 1),
     TensorField("min_length", "TYPE_INT32", 1),
@@ -256,6 +257,10 @@ def parse_request(
     if field == "text_input" and not prompt:
         raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")
     params = options.sampling_params()
+    if session is not None and params.n > 1:
+        raise InvalidRequestError("n", params.n, "a session goes on from one answer: must be 1")
+    if session is not None and params.n != 1:
+        raise InvalidRequestError("n", params.n, "a turn of a session has one answer: leave it out")
     unwanted = _LOGPROB_OUTPUTS - set(requested_outputs) if params.num_logprobs is None else frozenset()
     return ParsedRequest(
         text=prompt if field == "text_input" else None,

@@ -369,6 +369,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a", "timeout_ms": np.array([-5], dtype=np.int32)}, "timeout_ms=-5.0"),
     ({"text_input": "a", "parameters": {"timeout": "soon"}}, "timeout='soon'"),
     ({"text_input": "a", "parameters": {"timeout": 9, "timeout_ms": 1}}, "contradicts"),
+    (session(text_input="a", sequence_start=True, sampling_parameters='{"n": 2}'), "n=2 is invalid: a session goes on"),
     ({"text_input": "a", "sampling_parameters": '{"session_id": 1}'}, "unknown key in sampling_parameters"),
 ]
 

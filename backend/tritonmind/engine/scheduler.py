@@ -110,14 +110,14 @@ class Scheduler:
 
         if self.num_preemptions == num_preemptions_before:
             while self._free_slots and budget > 0:
-                seq = next((waiting for waiting in self.waiting if not self._awaits_parent(waiting)), None)
+                head = next((seq for seq in self.waiting if not self._awaits_parent(seq)), None)
                 # The token of a preempted sequence may still be in flight; it is needed to recompute.
-                if seq is None or seq.num_pending_tokens or not self.block_manager.admit(seq):
+                if head is None or head.num_pending_tokens or not self.block_manager.admit(head):
                     break
-                self.waiting.remove(seq)
-                self._start(seq)
-                num_new = min(budget, seq.num_tokens - seq.num_computed_tokens)
-                item = self._take(seq, num_new)
+                self.waiting.remove(head)
+                self._start(head)
+                num_new = min(budget, head.num_tokens - head.num_computed_tokens)
+                item = self._take(head, num_new)
                 (decodes if num_new == 1 and item.samples else prefills).append(item)
                 budget -= num_new
         return SchedulerOutput(decodes, prefills)
