@@ -141,17 +141,17 @@ class _TritonResponder:
         self._asking_or_ending = threading.Lock()
         self._ended = False
 
-    def send(self, answer: Answer, *, final: bool) -> None:
+    def send(self, answers: list[Answer], *, final: bool) -> None:
         values: dict[str, tuple[list[Any], Any]] = {
-            "text_output": ([answer.text.encode()], np.object_),
-            "token_ids": (answer.token_ids, np.int32),
-            "finish_reason": ([(answer.finish_reason or "").encode()], np.object_),
-            "stop_reason": ([(answer.stop_reason or "").encode()], np.object_),
-            "num_input_tokens": ([answer.num_input_tokens], np.uint32),
-            "num_output_tokens": ([answer.num_output_tokens], np.uint32),
-            "num_cached_tokens": ([answer.num_cached_tokens], np.uint32),
-            "cumulative_logprob": ([answer.cumulative_logprob], np.float32),
-            "logprobs": ([json.dumps(answer.logprobs or None).encode()], np.object_),
+            "text_output": ([answer.text.encode() for answer in answers], np.object_),
+            "token_ids": ([token_id for answer in answers for token_id in answer.token_ids], np.int32),
+            "finish_reason": ([(answer.finish_reason or "").encode() for answer in answers], np.object_),
+            "stop_reason": ([(answer.stop_reason or "").encode() for answer in answers], np.object_),
+            "num_input_tokens": ([answers[0].num_input_tokens], np.uint32),
+            "num_output_tokens": ([answer.num_output_tokens for answer in answers], np.uint32),
+            "num_cached_tokens": ([answers[0].num_cached_tokens], np.uint32),
+            "cumulative_logprob": ([answer.cumulative_logprob for answer in answers], np.float32),
+            "logprobs": ([json.dumps(answer.logprobs or None).encode() for answer in answers], np.object_),
         }
         tensors = [
             pb_utils.Tensor(name, np.array(data, dtype=dtype).reshape(self._shape))

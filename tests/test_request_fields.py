@@ -141,6 +141,7 @@ def test_null_in_json_is_left_out() -> None:
 
 def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None:
     tensors: dict[str, Any] = {
+        "n": np.array([2], dtype=np.int32),
         "max_tokens": np.array([9], dtype=np.int32),
         "min_length": np.array([2], dtype=np.int32),
         "temperature": np.array([0.5], dtype=np.float32),
@@ -161,7 +162,7 @@ def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None
         "num_logprobs": np.array([3], dtype=np.int32),
     }
     expected = {
-        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25,
+        "n": 2, "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25,
         "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
         "logit_bias": {17: 2.5, 3: -100.0}, "bad_words": ("a", "b c"), "seed": 7, "stop": ("x",),
         "include_stop": True, "stop_token_ids": (1,), "ignore_eos": True, "skip_special_tokens": False,
@@ -264,3 +265,8 @@ def test_any_mix_of_fields_is_a_sound_request_or_names_its_field(data: st.DataOb
         assert not request.is_order or session.stop or session.end
     else:
         assert request.cancel or not request.is_order
+
+
+def test_a_turn_of_a_session_has_one_answer() -> None:
+    with pytest.raises(InvalidRequestError, match="n=2 is invalid: a session goes on from one answer"):
+        parsed(session_id=np.array([1], dtype=np.uint64), sequence_start=True, n=np.array([2], dtype=np.int32))

@@ -39,11 +39,31 @@ class Answer:
     logprobs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
 
+    def rest(self) -> Answer:
+        """What there is to say when this has been sent: nothing new yet, and what holds for good."""
+        return Answer(
+            num_input_tokens=self.num_input_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=self.cumulative_logprob,
+        )
+
+
+@dataclass
+class Choice:
+    """One of the n answers that a request gets. An order has one without a stream. engine_id: its request's there."""
+
+    engine_id: int = -1
+    stream: TextStream | None = None
+    answer: Answer = field(default_factory=Answer)
+
 
 class Responder(Protocol):
     """The way back to one client. `is_cancelled` may be called by another thread than the rest, at any time."""
 
-    def send(self, answer: Answer, *, final: bool) -> None: ...
+    def send(self, answers: list[Answer], *, final: bool) -> None:
+        """Send a response about all n answers."""
 
     def fail(self, error: TritonmindError) -> None:
         """Send an error as the last response."""
@@ -73,9 +93,7 @@ class LiveRequest:
         self.closed = False
         self.sweep_failed = False
         self.client: EngineClient | None = None
-        self.engine_id = -1
-        self.stream: TextStream | None = None
-        self.answer = Answer()
+        self.choices = [Choice()]
         self.arrived_at = time.monotonic()
         timeout_ms = request.timeout_ms
         self.deadline = None if timeout_ms is None else self.arrived_at + timeout_ms / 1000
@@ -91,6 +109,15 @@ class LiveRequest:
         self.first_token_at: float | None = None
         self.last_token_at = self.arrived_at
         self.num_tokens = 0
+
+    @property
+    def answer(self) -> Answer:
+        """The first answer, for what all of them share."""
+        return self.choices[0].answer
+
+    def choice(self, engine_id: int) -> Choice:
+        """The one whose request in the engine has this id; they are numbered in a row."""
+        return self.choices[engine_id - self.choices[0].engine_id]
 
     def ring(self) -> None:
         """Have the lane look at this request; once is enough until it does."""
@@ -112,9 +139,13 @@ class LiveRequest:
 
     def abort(self) -> None:
         """Tell the engine to drop the request. An engine that cannot be told is about to be found dead."""
+        self.abort_choices(self.choices)
+
+    def abort_choices(self, choices: list[Choice]) -> None:
+        """Tell the engine that these answers need no more tokens."""
         if self.client is not None:
             try:
-                self.client.abort([self.engine_id])
+                self.client.abort([choice.engine_id for choice in choices])
             except Exception:
                 log.exception("a request could not be aborted in the engine")
 
@@ -131,11 +162,12 @@ class LiveRequest:
     def times(self, *, complete: bool) -> RequestTimes:
         """How long it took, now that it has ended. complete: with a whole answer."""
         first = self.first_token_at
+        num_steps = self.num_tokens // len(self.choices)
         return RequestTimes(
             queue_time=self.queue_time,
             time_to_first_token=None if first is None else first - self.arrived_at,
             inter_token_latency=(
-                None if first is None or self.num_tokens < 2 else (self.last_token_at - first) / (self.num_tokens - 1)
+                None if first is None or num_steps < 2 else (self.last_token_at - first) / (num_steps - 1)
             ),
             request_duration=time.monotonic() - self.arrived_at if complete else None,
         )

@@ -259,8 +259,6 @@ def parse_request(
     params = options.sampling_params()
     if session is not None and params.n > 1:
         raise InvalidRequestError("n", params.n, "a session goes on from one answer: must be 1")
-    if session is not None and params.n != 1:
-        raise InvalidRequestError("n", params.n, "a turn of a session has one answer: leave it out")
     unwanted = _LOGPROB_OUTPUTS - set(requested_outputs) if params.num_logprobs is None else frozenset()
     return ParsedRequest(
         text=prompt if field == "text_input" else None,

@@ -217,11 +217,14 @@ def resolve(
     )
 
 
-def siblings(first: EngineRequest, num_answers: int, next_request_id: Callable[[], int]) -> list[EngineRequest]:
-    """`first` and the requests for the other answers to its prompt: other seeds, and they wait for its prompt."""
+def siblings(first: EngineRequest, num_answers: int) -> list[EngineRequest]:
+    """`first` and the requests for the other answers to its prompt: the next ids and seeds; they wait for its K, V."""
     others = [
         msgspec.structs.replace(
-            first, request_id=next_request_id(), seed=(first.seed + number) & MAX_SEED, parent_id=first.request_id
+            first,
+            request_id=first.request_id + number,
+            seed=(first.seed + number) & MAX_SEED,
+            parent_id=first.request_id,
         )
         for number in range(1, num_answers)
     ]

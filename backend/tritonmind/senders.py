@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from tritonmind.errors import CancelledError, TritonmindError, UnavailableError
-from tritonmind.live_request import Answer, Lane, LiveRequest, Responder
+from tritonmind.live_request import Answer, Choice, Lane, LiveRequest, Responder
 from tritonmind.messages import TokenOutput
 from tritonmind.metrics import Metrics, reason_of
 from tritonmind.sessions import SessionStore
@@ -78,43 +78,43 @@ class Senders:
         if live.failure is not None:
             self._end(live, live.failure)
             return
-        answer = live.answer
-        while live.inbox and answer.finish_reason is None:
+        while live.inbox:
             output = live.inbox.popleft()
+            choice = live.choice(output.request_id)
+            answer = choice.answer
+            if answer.finish_reason is not None:
+                continue
             if output.finish_reason == "error":
                 self._end(live, UnavailableError(output.error or "the engine failed"))
                 return
             if output.finish_reason == "cancelled" and not live.interrupted:
                 self._end(live, CancelledError("the request was cancelled"))
                 return
-            delta = _take(live, output)
+            delta = _take(live, choice, output)
             answer.text += delta.text
             answer.token_ids += delta.token_ids
             answer.num_output_tokens += delta.num_tokens
-            self._add_logprobs(live, delta)
+            self._add_logprobs(answer, delta)
             answer.num_cached_tokens = output.num_cached_tokens
             answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
             if delta.finish_reason is not None and output.finish_reason is None:
-                live.abort()  # a stop string: the engine does not know
-        if answer.finish_reason is not None:
+                live.abort_choices([choice])  # a stop string: the engine does not know
+        answers = [choice.answer for choice in live.choices]
+        if all(answer.finish_reason is not None for answer in answers):
             self._close_turn(live)
-            self._metrics.count("generated_tokens", answer.num_output_tokens)
-            live.responder.send(answer, final=True)
+            self._metrics.count("generated_tokens", sum(answer.num_output_tokens for answer in answers))
+            live.responder.send(answers, final=True)
             self._end(live, None)
-        elif live.request.stream and answer.text and answer.num_output_tokens:
-            live.answer = Answer(
-                num_input_tokens=answer.num_input_tokens,
-                num_cached_tokens=answer.num_cached_tokens,
-                cumulative_logprob=answer.cumulative_logprob,
-            )
-            self._metrics.count("generated_tokens", answer.num_output_tokens)
-            live.responder.send(answer, final=False)
+        elif live.request.stream and any(answer.text and answer.num_output_tokens for answer in answers):
+            for choice in live.choices:
+                choice.answer = choice.answer.rest()
+            self._metrics.count("generated_tokens", sum(answer.num_output_tokens for answer in answers))
+            live.responder.send(answers, final=False)
 
-    def _add_logprobs(self, live: LiveRequest, delta: TextDelta) -> None:
+    def _add_logprobs(self, answer: Answer, delta: TextDelta) -> None:
         """Log-probabilities as vLLM's backend writes them, for each token {id: {logprob, rank, ...}}."""
         if delta.logprobs is None:
             return
-        answer = live.answer
         for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
             ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
             if all(other != token_id for other, _, _ in ranked):
@@ -145,8 +145,9 @@ class Senders:
         if turn is None:
             return
         try:
-            while live.inbox and live.stream is not None and not live.stream.finished:
-                _take(live, live.inbox.popleft())
+            (choice,) = live.choices  # a turn has one answer
+            while live.inbox and choice.stream is not None and not choice.stream.finished:
+                _take(live, choice, live.inbox.popleft())
         except Exception:
             log.exception("the last tokens of a turn are lost to its session")
         self._sessions.end(
@@ -186,10 +187,10 @@ def _send_error(responder: Responder, error: TritonmindError) -> bool:
     return False
 
 
-def _take(live: LiveRequest, output: TokenOutput) -> TextDelta:
+def _take(live: LiveRequest, choice: Choice, output: TokenOutput) -> TextDelta:
     """An output's text, and its tokens for the session's history."""
-    assert live.stream is not None
-    delta = live.stream.push(
+    assert choice.stream is not None
+    delta = choice.stream.push(
         output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
     )
     if live.request.session is not None:

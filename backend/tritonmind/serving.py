@@ -21,11 +21,11 @@ import msgspec
 from tritonmind.chat_template import ChatTemplate
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CancelledError, DeadlineError, NotFoundError, TritonmindError, UnavailableError
-from tritonmind.live_request import Answer, LiveRequest, Responder
+from tritonmind.live_request import Answer, Choice, LiveRequest, Responder
 from tritonmind.metrics import Metrics
 from tritonmind.prompts import PromptBuilder
 from tritonmind.request_fields import ParsedRequest
-from tritonmind.sampling_params import GenerationDefaults, resolve
+from tritonmind.sampling_params import GenerationDefaults, resolve, siblings
 from tritonmind.senders import Senders
 from tritonmind.sessions import SessionStore
 from tritonmind.supervisor import EngineFailurePolicy, EngineSupervisor
@@ -171,19 +171,23 @@ class RequestServer:
         session, request_id = live.request.session, live.request.request_id
         targets: list[LiveRequest] = []
         if session is None:
-            live.answer = Answer(finish_reason="stop", stop_reason=f"request {request_id!r}: cancelled")
+            live.choices[0].answer = Answer(finish_reason="stop", stop_reason=f"request {request_id!r}: cancelled")
             targets = self._await(live, lambda other: other.request.request_id == request_id)
             if not targets:
                 raise NotFoundError(f"no live request has the id {request_id!r}")
         elif session.stop:
             turn = self._sessions.stop(session.session_id, forget=session.end)
-            live.answer = Answer(finish_reason="stop", stop_reason=f"session {session.session_id}: interrupted")
+            live.choices[0].answer = Answer(
+                finish_reason="stop", stop_reason=f"session {session.session_id}: interrupted"
+            )
             targets = self._await(live, lambda other: turn is not None and other.turn is turn)
             if not targets:
                 live.answer.stop_reason = f"session {session.session_id}: nothing was running"
         else:
             self._sessions.forget(session.session_id)
-            live.answer = Answer(finish_reason="stop", stop_reason=f"session {session.session_id}: forgotten")
+            live.choices[0].answer = Answer(
+                finish_reason="stop", stop_reason=f"session {session.session_id}: forgotten"
+            )
         for target in targets:
             target.interrupt()
         if not targets:
@@ -205,24 +209,33 @@ class RequestServer:
                 return
             client = self._engine.require()
             token_ids, text = self._prompts.build(live.request, live.turn, client.info.max_model_len)
-            live.engine_id = client.next_request_id()
-            request = resolve(
-                live.request.params,
+            params = live.request.params
+            first = resolve(
+                params,
                 self._defaults,
-                request_id=live.engine_id,
+                request_id=client.next_request_id(params.n),
                 prompt_token_ids=token_ids,
                 vocab_size=self._model.vocab_size,
                 max_model_len=client.info.max_model_len,
                 eos_token_ids=self._model.eos_token_ids,
                 encode_word=self._tokenizer.encode_word,
             )
-            request = msgspec.structs.replace(request, priority=live.request.priority or self._default_priority)
+            first = msgspec.structs.replace(first, priority=live.request.priority or self._default_priority)
             live.prompt_token_ids = token_ids
-            live.stream = text_stream(self._tokenizer, live.request.params)
-            live.answer = Answer(text=text if live.request.echo else "", num_input_tokens=len(token_ids))
+            echo = text if live.request.echo else ""
+            requests = siblings(first, params.n)
+            live.choices = [
+                Choice(
+                    request.request_id,
+                    text_stream(self._tokenizer, params),
+                    Answer(text=echo, num_input_tokens=len(token_ids)),
+                )
+                for request in requests
+            ]
             live.client = client
             live.submitted_at = time.monotonic()
-            client.submit(request, live.on_output)
+            for request in requests:
+                client.submit(request, live.on_output)
             # Given up before the engine knew it: that abort came too early.
             if live.failure is not None or live.interrupted:
                 live.abort()

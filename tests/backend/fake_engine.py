@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable
 
@@ -25,13 +24,14 @@ class FakeEngine:
         self.latest_stats: EngineStats | None = None
         self._alive = True
         self._script = script
-        self._ids = itertools.count()
+        self._next_id = 0
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._live: dict[int, Callable[[TokenOutput], None]] = {}
 
-    def next_request_id(self) -> int:
-        return next(self._ids)
+    def next_request_id(self, count: int = 1) -> int:
+        first, self._next_id = self._next_id, self._next_id + count
+        return first
 
     def submit(self, request: EngineRequest, on_output: Callable[[TokenOutput], None]) -> None:
         with self._changed:

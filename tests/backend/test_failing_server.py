@@ -124,7 +124,8 @@ def test_a_session_is_free_again_after_a_broken_answer(served: Served, monkeypat
     request = served.engine.wait_for(1)
     server = served.model._server
     (live,) = server._live
-    monkeypatch.setattr(live.stream, "push", failing(live.stream.push, times=9))
+    stream = live.choices[0].stream
+    monkeypatch.setattr(stream, "push", failing(stream.push, times=9))
     served.engine.output(request.request_id, [9])
     served.engine.output(request.request_id, [9])
     assert error_of(sender).code() == served.pb_utils.TritonError.INTERNAL

@@ -50,7 +50,7 @@ class EngineClient(ABC):
         self._live: dict[int, OnOutput] = {}
         self._replies: dict[int, queue.SimpleQueue[Reply]] = {}
         self._call_ids = itertools.count()
-        self._request_ids = itertools.count()
+        self._next_request_id = 0
         self._info: EngineInfo | None = None
         self._started = threading.Event()  # set by EngineInfo or by a failure
         self._failure: TritonmindError | None = None
@@ -68,9 +68,12 @@ class EngineClient(ABC):
         """The statistics of the last heartbeat, a step or a quarter of a second old; None before the first."""
         return self._latest_stats
 
-    def next_request_id(self) -> int:
-        """An id no other request of this client has."""
-        return next(self._request_ids)
+    def next_request_id(self, count: int = 1) -> int:
+        """The first of `count` ids in a row that no other request of this client has."""
+        with self._lock:
+            first = self._next_request_id
+            self._next_request_id += count
+        return first
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """Send a request made by `sampling_params.resolve`. UnavailableError if the engine cannot take it now."""

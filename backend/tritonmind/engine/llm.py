@@ -105,7 +105,7 @@ class LLM:
         try:
             for prompt in prompts:
                 first = self._request(prompt, params)
-                for request in siblings(first, params.n, self.engine.next_request_id):
+                for request in siblings(first, params.n):
                     self.engine.submit(request, outputs.put)
                     answers[request.request_id] = _Answer(request, text_stream(self.tokenizer, params))
             while not all(answer.stream.finished for answer in answers.values()):
@@ -138,7 +138,7 @@ class LLM:
         return resolve(
             params,
             self.defaults,
-            request_id=self.engine.next_request_id(),
+            request_id=self.engine.next_request_id(params.n),
             prompt_token_ids=self._encode(prompt),
             vocab_size=self.model.vocab_size,
             max_model_len=self.engine.info.max_model_len,
