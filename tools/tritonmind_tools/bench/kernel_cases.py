@@ -20,6 +20,7 @@ from tritonmind_tools.bench.shapes import Shape
 BLOCK_SIZE = 64
 EPS = 1e-5
 MAX_POSITIONS = 4096  # rows of the rotary table; what is beyond costs nothing
+EDITS_PER_ROW = 16
 NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: a list of sizes, and noise for the CPU; the card's is part of sample_tokens.
@@ -256,6 +257,24 @@ def _token_logprobs(setting: Setting, point: Point) -> Case:
     return Case(rows * vocab_size * setting.dtype.itemsize, 0, make)
 
 
+def _edit_logits(setting: Setting, point: Point) -> Case:
+    """EDITS_PER_ROW biases for each row."""
+    rows, vocab_size, count = point.num_seqs, setting.shape.vocab_size, point.num_seqs * EDITS_PER_ROW
+
+    def make() -> Callable[[], object]:
+        logits, slots = _random(setting, rows, vocab_size), _indices(setting, rows)
+        row = _indices(setting, count) // EDITS_PER_ROW
+        ids = _indices(setting, count) % vocab_size
+        values, last = (
+            torch.ones(count, device=setting.device),
+            torch.zeros(rows, dtype=torch.int64, device=setting.device),
+        )
+        conditions = torch.full_like(ids, -1)
+        return lambda: kernels.edit_logits(logits, row, ids, values, conditions, slots, last)
+
+    return Case(count * (4 * 4 + 2 * setting.dtype.itemsize), 0, make)
+
+
 def _prepare_tokens(setting: Setting, point: Point) -> Case:
     count = point.num_tokens
 
@@ -300,5 +319,6 @@ KERNELS = (
     Kernel("sample temperature", "sample_tokens", True, False, _sampling()),
     Kernel("sample top-k top-p", "sample_tokens", True, False, _sampling(top_k=50, top_p=0.9)),
     Kernel("sample penalties", "sample_tokens", True, False, _sampling(penalty=1.1)),
+    Kernel("edit_logits", "edit_logits", True, False, _edit_logits),
     Kernel("token_logprobs", "token_logprobs", True, False, _token_logprobs),
 )
