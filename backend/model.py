@@ -151,6 +151,7 @@ class _TritonResponder:
             "num_output_tokens": ([answer.num_output_tokens for answer in answers], np.uint32),
             "num_cached_tokens": ([answers[0].num_cached_tokens], np.uint32),
             "cumulative_logprob": ([answer.cumulative_logprob for answer in answers], np.float32),
+            "prompt_logprobs": ([json.dumps(answers[0].prompt_logprobs).encode()], np.object_),
             "logprobs": ([json.dumps(answer.logprobs or None).encode() for answer in answers], np.object_),
         }
         tensors = [

@@ -25,7 +25,7 @@ def test_defaults() -> None:
     request = parsed()
     assert request == ParsedRequest(text="a")
     assert (request.stream, request.echo, request.params) == (False, False, SamplingParams())
-    assert request.outputs == {field.name for field in OUTPUTS} - {"logprobs", "cumulative_logprob"}
+    assert request.outputs == {field.name for field in OUTPUTS} - {"logprobs", "cumulative_logprob", "prompt_logprobs"}
 
 
 def test_numbers_written_as_strings() -> None:
@@ -160,13 +160,14 @@ def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None
         "ignore_eos": True,
         "skip_special_tokens": False,
         "num_logprobs": np.array([3], dtype=np.int32),
+        "num_prompt_logprobs": np.array([1], dtype=np.int32),
     }
     expected = {
         "n": 2, "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25,
         "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
         "logit_bias": {17: 2.5, 3: -100.0}, "bad_words": ("a", "b c"), "seed": 7, "stop": ("x",),
         "include_stop": True, "stop_token_ids": (1,), "ignore_eos": True, "skip_special_tokens": False,
-        "num_logprobs": 3,
+        "num_logprobs": 3, "num_prompt_logprobs": 1,
     }  # fmt: skip
     assert expected.keys() == set(SamplingParams.__struct_fields__), "an option without a tensor in this test"
     assert parsed(**tensors).params == SamplingParams(**expected)
@@ -187,7 +188,7 @@ def test_what_this_backend_cannot_do_is_refused_by_name(name: str) -> None:
         parsed(**{name: "x"})
 
 
-@pytest.mark.parametrize("name", ["lora_name", "structured_outputs", "best_of", "prompt_logprobs"])
+@pytest.mark.parametrize("name", ["lora_name", "structured_outputs", "best_of"])
 def test_it_is_refused_in_json_too(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
         parsed(sampling_parameters=json.dumps({name: 2}))

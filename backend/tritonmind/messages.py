@@ -36,6 +36,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     min_tokens: int = 0  # before that many, none of stop_token_ids is drawn
     logit_bias: list[tuple[int, float]] = []  # added to the logits of these ids, no id twice
     bad_words: list[list[int]] = []  # runs of token ids that must not come
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens, which then comes from no cache
     num_logprobs: int | None = None  # of the likeliest tokens, at most MAX_LOGPROBS; 0 is the drawn one only
 
     @property
@@ -77,7 +78,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache.
     stop_token_id: the id that ended it, which is the last of token_ids. error: set with finish_reason "error".
     queue_time_s: from the engine's taking the request to its first admission; set with the first token.
-    logprobs: one for each of token_ids, if the request asked for them.
+    logprobs: one for each of token_ids, if the request asked for them. prompt_logprobs: one for each token of the
+    prompt but the first, which has None, with the first token of the answer.
     """
 
     request_id: int
@@ -89,6 +91,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     queue_time_s: float | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,6 +70,7 @@ INPUTS = (
     TensorField("ignore_eos", "TYPE_BOOL", 1),
     TensorField("skip_special_tokens", "TYPE_BOOL", 1),
     TensorField("num_logprobs", "TYPE_INT32", 1),
+    TensorField("num_prompt_logprobs", "TYPE_INT32", 1),
     TensorField("return_token_ids", "TYPE_BOOL", 1),
     TensorField("return_finish_reason", "TYPE_BOOL", 1),
     TensorField("return_num_input_tokens", "TYPE_BOOL", 1),
@@ -93,6 +94,7 @@ OUTPUTS = (
     TensorField("num_cached_tokens", "TYPE_UINT32", 1),
     TensorField("cumulative_logprob", "TYPE_FP32", -1),
     TensorField("logprobs", "TYPE_STRING", -1),
+    TensorField("prompt_logprobs", "TYPE_STRING", 1),
 )
 
 _INPUT_BY_NAME = {field.name: field for field in INPUTS}
@@ -101,6 +103,7 @@ _SPELLINGS = {
     "stop_words": "stop",
     "min_length": "min_tokens",
     "logprobs": "num_logprobs",
+    "prompt_logprobs": "num_prompt_logprobs",
     "include_stop_str_in_output": "include_stop",
 }
 # What clients of other backends may send and this one has no answer to: refused by name, never left out silently.
@@ -114,7 +117,6 @@ _UNSUPPORTED = {
     "best_of": "send n requests and choose",
     "use_beam_search": "beam search is not available",
     "beam_width": "beam search is not available",
-    "prompt_logprobs": "log-probabilities of the prompt are not available yet",
 }
 # Outputs that a request gets when it asks for log-probabilities, or names them.
 _LOGPROB_OUTPUTS = frozenset({"logprobs", "cumulative_logprob"})
@@ -160,7 +162,7 @@ class ParsedRequest:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     stream: bool = False
     echo: bool = False
-    outputs: frozenset[str] = frozenset(field.name for field in OUTPUTS) - _LOGPROB_OUTPUTS
+    outputs: frozenset[str] = frozenset(field.name for field in OUTPUTS) - _LOGPROB_OUTPUTS - {"prompt_logprobs"}
 
     @property
     def is_order(self) -> bool:
@@ -259,7 +261,10 @@ def parse_request(
     params = options.sampling_params()
     if session is not None and params.n > 1:
         raise InvalidRequestError("n", params.n, "a session goes on from one answer: must be 1")
-    unwanted = _LOGPROB_OUTPUTS - set(requested_outputs) if params.num_logprobs is None else frozenset()
+    unwanted = _LOGPROB_OUTPUTS if params.num_logprobs is None else frozenset()
+    if params.num_prompt_logprobs is None:
+        unwanted |= {"prompt_logprobs"}
+    unwanted -= set(requested_outputs)
     return ParsedRequest(
         text=prompt if field == "text_input" else None,
         input_ids=prompt if field == "input_ids" else None,

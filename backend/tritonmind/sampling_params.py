@@ -39,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop: strings that end the answer and are not part of it, unless include_stop. stop_token_ids: end the answer like
     eos does. ignore_eos: go on past eos. skip_special_tokens: special tokens have no text.
     n: answers to the same prompt; a seed is that of the first, the next ones count on from it.
+    num_prompt_logprobs: log-probabilities of the prompt's tokens, as num_logprobs.
     num_logprobs: log-probabilities of the drawn token and of so many of the likeliest at each position; 0 is the first
     alone.
     """
@@ -62,6 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_ANSWERS:
@@ -112,8 +114,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidRequestError(
                     "logit_bias", {token_id: bias}, f"maps token ids to numbers from -{MAX_BIAS} to {MAX_BIAS}"
                 )
-        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequestError("num_logprobs", self.num_logprobs, f"must be 0 to {MAX_LOGPROBS}")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            number = getattr(self, name)
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise InvalidRequestError(name, number, f"must be 0 to {MAX_LOGPROBS}")
 
 
 def _check_strings(name: str, texts: tuple[str, ...]) -> None:
@@ -189,8 +193,9 @@ def resolve(
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(name, token_id, f"token ids are 0 to {vocab_size - 1}")
-    if params.num_logprobs is not None and params.num_logprobs > vocab_size:
-        raise InvalidRequestError("num_logprobs", params.num_logprobs, f"the vocabulary has {vocab_size} tokens")
+    for name in ("num_logprobs", "num_prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise InvalidRequestError(name, getattr(params, name), f"the vocabulary has {vocab_size} tokens")
     left = max_model_len - length
     stop_token_ids = set(params.stop_token_ids)
     if not params.ignore_eos:
@@ -213,6 +218,7 @@ def resolve(
         min_tokens=params.min_tokens,
         logit_bias=list(params.logit_bias.items()),
         bad_words=[run for word in params.bad_words for run in encode_word(word)],
+        num_prompt_logprobs=params.num_prompt_logprobs,
         num_logprobs=params.num_logprobs,
     )
 
@@ -225,6 +231,7 @@ def siblings(first: EngineRequest, num_answers: int) -> list[EngineRequest]:
             request_id=first.request_id + number,
             seed=(first.seed + number) & MAX_SEED,
             parent_id=first.request_id,
+            num_prompt_logprobs=None,
         )
         for number in range(1, num_answers)
     ]

@@ -11,10 +11,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tritonmind.errors import CancelledError, TritonmindError, UnavailableError
 from tritonmind.live_request import Answer, Choice, Lane, LiveRequest, Responder
-from tritonmind.messages import TokenOutput
+from tritonmind.messages import TokenLogprob, TokenOutput
 from tritonmind.metrics import Metrics, reason_of
 from tritonmind.sessions import SessionStore
 from tritonmind.text_stream import TextDelta
@@ -94,7 +95,7 @@ class Senders:
             answer.text += delta.text
             answer.token_ids += delta.token_ids
             answer.num_output_tokens += delta.num_tokens
-            self._add_logprobs(answer, delta)
+            self._add_logprobs(live, answer, delta, output)
             answer.num_cached_tokens = output.num_cached_tokens
             answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
             if delta.finish_reason is not None and output.finish_reason is None:
@@ -111,25 +112,30 @@ class Senders:
             self._metrics.count("generated_tokens", sum(answer.num_output_tokens for answer in answers))
             live.responder.send(answers, final=False)
 
-    def _add_logprobs(self, answer: Answer, delta: TextDelta) -> None:
-        """Log-probabilities as vLLM's backend writes them, for each token {id: {logprob, rank, ...}}."""
-        if delta.logprobs is None:
-            return
-        for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
-            ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
-            if all(other != token_id for other, _, _ in ranked):
-                ranked.append((token_id, logprob.logprob, logprob.rank))
-            answer.logprobs.append(
-                {
-                    str(other): {
-                        "logprob": value,
-                        "rank": rank,
-                        "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
-                    }
-                    for other, value, rank in ranked
-                }
-            )
-            answer.cumulative_logprob += logprob.logprob
+    def _add_logprobs(self, live: LiveRequest, answer: Answer, delta: TextDelta, output: TokenOutput) -> None:
+        if output.prompt_logprobs is not None:
+            answer.prompt_logprobs = [
+                None if logprob is None else self._position(token_id, logprob)
+                for token_id, logprob in zip(live.prompt_token_ids, output.prompt_logprobs, strict=True)
+            ]
+        if delta.logprobs is not None:
+            for token_id, logprob in zip(delta.token_ids, delta.logprobs, strict=True):
+                answer.logprobs.append(self._position(token_id, logprob))
+                answer.cumulative_logprob += logprob.logprob
+
+    def _position(self, token_id: int, logprob: TokenLogprob) -> dict[str, dict[str, Any]]:
+        """A token's log-probabilities as vLLM's backend writes them: {id: {logprob, rank, decoded_token}}."""
+        ranked = [(other, value, rank) for rank, (other, value) in enumerate(logprob.top, start=1)]
+        if all(other != token_id for other, _, _ in ranked):
+            ranked.append((token_id, logprob.logprob, logprob.rank))
+        return {
+            str(other): {
+                "logprob": value,
+                "rank": rank,
+                "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
+            }
+            for other, value, rank in ranked
+        }
 
     def _end(self, live: LiveRequest, error: TritonmindError | None) -> None:
         """Account for the last response, sending it if it is an error."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from enum import Enum, auto
 
-from tritonmind.messages import EngineRequest, FinishReason
+from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob
 
 
 class SequenceStatus(Enum):
@@ -36,6 +36,7 @@ class Sequence:
         "num_computed_tokens",
         "num_pending_tokens",
         "num_prompt_tokens",
+        "prompt_logprobs",
         "queue_time_s",
         "queued_at",
         "request",
@@ -63,6 +64,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_token_ids = frozenset(request.stop_token_ids)
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if request.num_prompt_logprobs is None else [None] * self.num_prompt_tokens
+        )
 
     @property
     def request_id(self) -> int:

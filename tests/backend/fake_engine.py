@@ -62,6 +62,7 @@ class FakeEngine:
         num_cached_tokens: int = 0,
         queue_time_s: float | None = None,
         logprobs: list[TokenLogprob] | None = None,
+        prompt_logprobs: list[TokenLogprob | None] | None = None,
     ) -> bool:
         """Give tokens out; False when the request has ended."""
         with self._lock:
@@ -80,6 +81,7 @@ class FakeEngine:
                 error=error,
                 queue_time_s=queue_time_s,
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         )
         return True

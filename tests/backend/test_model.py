@@ -398,10 +398,30 @@ def test_logprobs_are_written_as_vllm_writes_them(served: Served) -> None:
     assert totals == [-0.5, -4.5]
 
 
+def test_logprobs_of_the_prompt_come_with_the_first_response(served: Served) -> None:
+    sender = served.send(text_input="hello", stream=True, num_prompt_logprobs=np.array([1], dtype=np.int32))
+    prompt = served.engine.wait_for(1).prompt_token_ids
+    logprobs = [None, *(TokenLogprob(-0.5 * n, 1, [(token_id, -0.5 * n)]) for n, token_id in enumerate(prompt[1:], 1))]
+    served.engine.output(0, served.ids("a"), prompt_logprobs=logprobs)
+    assert eventually(lambda: len(sender.responses) == 1)
+    served.engine.output(0, served.ids("b"), "length")
+    assert sender.final.wait(5)
+    first, last = (json.loads(value(response, "prompt_logprobs")[0]) for response in sender.responses)
+    assert last is None and len(first) == len(prompt) and first[0] is None
+    for number, (token_id, position) in enumerate(zip(prompt[1:], first[1:], strict=True), start=1):
+        assert position == {
+            str(token_id): {
+                "logprob": -0.5 * number,
+                "rank": 1,
+                "decoded_token": served.tokenizer.decode([token_id], skip_special_tokens=False),
+            }
+        }
+
+
 def test_answers_have_no_logprobs_unless_asked_for(served: Served) -> None:
     sender = served.send(text_input="hello")
     served.engine.wait_for(1)
     served.engine.output(0, served.ids("a"), "length")
     assert sender.final.wait(5)
     names = {tensor.name() for tensor in sender.responses[0].output_tensors()}
-    assert "text_output" in names and not {"logprobs", "cumulative_logprob"} & names
+    assert "text_output" in names and not {"logprobs", "cumulative_logprob", "prompt_logprobs"} & names

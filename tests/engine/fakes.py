@@ -35,7 +35,7 @@ class FakeHandle:
         self._token_ids = token_ids
 
     def wait(self) -> StepResult:
-        return StepResult(self._token_ids, None)
+        return StepResult(self._token_ids, None, None)
 
 
 class FakeExecutor:

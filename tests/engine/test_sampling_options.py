@@ -139,3 +139,23 @@ def test_n_answers_have_their_own_seeds_and_one_prompt(served: Served) -> None:
             if index:
                 assert answer.num_cached_tokens == (len(prompt) - 1) // 64 * 64
         assert len({tuple(answer.token_ids) for answer in answers}) == 3
+
+
+def test_logprobs_of_the_prompt(served: Served) -> None:
+    """Of prompts in several chunks, twice, so that the second time all of it is in the prefix cache."""
+    for _ in range(2):
+        answers = served.generate(num_prompt_logprobs=3, max_tokens=4)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer.num_cached_tokens == 0
+            assert answer.prompt_logprobs is not None and len(answer.prompt_logprobs) == len(prompt)
+            assert answer.prompt_logprobs[0] is None
+            with torch.no_grad():
+                logits = served.reference(torch.tensor([prompt], device=served.device)).logits[0, :-1].cpu()
+            expected = logits.log_softmax(1)
+            for row, logprob in enumerate(answer.prompt_logprobs[1:]):
+                assert logprob is not None
+                assert logprob.logprob == pytest.approx(float(expected[row, prompt[row + 1]]), abs=1e-3)
+                assert [value for _, value in logprob.top] == pytest.approx(
+                    expected[row].topk(3).values.tolist(), abs=1e-3
+                )
+    assert all(answer.prompt_logprobs is None for answer in served.generate(max_tokens=2))

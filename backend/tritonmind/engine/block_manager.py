@@ -156,7 +156,8 @@ class BlockManager:
         assert {digest: block for block, digest in self._hash_of.items()} == self._block_of, "hash maps disagree"
 
     def _match_prefix(self, seq: Sequence) -> list[int]:
-        if not self.enable_prefix_caching:
+        # Log-probabilities of a prompt need all of it to be computed.
+        if not self.enable_prefix_caching or seq.prompt_logprobs is not None:
             return []
         matched: list[int] = []
         for index in range(self._num_shareable(len(seq.token_ids))):

@@ -25,7 +25,8 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 class Completion:
     """One finished answer. num_cached_tokens: prompt tokens that came from the prefix cache.
 
-    logprobs: one for each of token_ids, None unless num_logprobs asked for them.
+    logprobs: one for each of token_ids, None unless num_logprobs asked for them. prompt_logprobs: one for each token of
+    the prompt but the first, which has None, if num_prompt_logprobs asked for them.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class _Answer:
     stream: TextStream
     deltas: list[TextDelta] = field(default_factory=list)
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def completion(self) -> Completion:
         reason = self.deltas[-1].finish_reason
@@ -67,6 +70,7 @@ class _Answer:
                 if self.request.num_logprobs is None
                 else [logprob for delta in self.deltas for logprob in delta.logprobs or ()]
             ),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -164,6 +168,7 @@ class LLM:
         )
         answer.deltas.append(delta)
         answer.num_cached_tokens = output.num_cached_tokens
+        answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
         if answer.stream.finished and output.finish_reason is None:
             self.engine.abort([output.request_id])
         return delta

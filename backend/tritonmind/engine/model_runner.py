@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from tritonmind.config import EngineConfig
-from tritonmind.engine import kv_cache
+from tritonmind.engine import kv_cache, logprobs
 from tritonmind.engine.cuda_graph import GraphSet, batch_buckets, bucket_of
 from tritonmind.engine.device import (
     check_device,
@@ -30,9 +30,10 @@ from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import plan_edits, warm_up_edits
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import NUM_BUFFERS
-from tritonmind.kernels import PREFILL_VARIANTS, TokenLogprobs, decode_variants, token_logprobs
+from tritonmind.kernels import PREFILL_VARIANTS, decode_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
 from tritonmind.model_source import ModelSource
+from tritonmind.models.llama import HiddenStates
 from tritonmind.models.weight_loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,14 @@ GRAPH_RESERVE_BYTES = 1 << 30
 
 
 class StepResult(NamedTuple):
-    """What a step drew, in the order of the scheduler's sampling items. logprobs: None if no request asked for any."""
+    """What a step drew, in the order of the scheduler's sampling items. logprobs: None if no request asked for any.
+
+    prompt_logprobs: for each prefill, of the tokens that follow its own in the prompt; None if no request asked.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None
+    prompt_logprobs: list[list[TokenLogprob]] | None
 
 
 class StepHandle:
@@ -57,28 +62,22 @@ class StepHandle:
         self,
         token_ids: torch.Tensor,
         event: torch.cuda.Event | None,
-        logprobs: TokenLogprobs | None = None,
-        num_logprobs: list[int | None] | None = None,
+        draws: logprobs.PendingLogprobs | None = None,
+        prompts: list[list[logprobs.PendingLogprobs]] | None = None,
     ) -> None:
         self._token_ids = token_ids
         self._event = event
-        self._logprobs = logprobs
-        self._num_logprobs = num_logprobs  # by row
+        self._draws = draws
+        self._prompts = prompts
 
     def wait(self) -> StepResult:
         """Block until the step's results are on the host; later steps go on."""
         if self._event is not None:
             self._event.synchronize()
-        if self._logprobs is None or self._num_logprobs is None:
-            return StepResult(self._token_ids.tolist(), None)
-        rows = zip(self._num_logprobs, *(tensor.tolist() for tensor in self._logprobs), strict=True)
-        logprobs = [
-            None
-            if wanted is None
-            else TokenLogprob(chosen, rank, list(zip(ids[:wanted], values[:wanted], strict=True)))
-            for wanted, chosen, rank, ids, values in rows
-        ]
-        return StepResult(self._token_ids.tolist(), logprobs)
+        prompts = None
+        if self._prompts is not None:
+            prompts = [[row for part in parts for row in part.take() if row is not None] for parts in self._prompts]
+        return StepResult(self._token_ids.tolist(), None if self._draws is None else self._draws.take(), prompts)
 
 
 class ModelRunner:
@@ -108,7 +107,7 @@ class ModelRunner:
         self._builder = InputBuilder(config, self.device)
         self._sampler = self._builder.sampler
         self.logits = torch.zeros((max_num_seqs, config.model.vocab_size), dtype=self.dtype, device=self.device)
-        self._unedited_logits = torch.empty_like(self.logits)
+        self._spare_logits = torch.empty_like(self.logits)
         is_cuda = self.device.type == "cuda"
         self._read_backs = deque(
             torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=is_cuda) for _ in range(NUM_BUFFERS)
@@ -131,42 +130,46 @@ class ModelRunner:
         if self._decode_graphs is not None and not output.prefills:
             num_rows = bucket_of(self._buckets, num_rows)
         step = self._builder.stage(output, num_rows=num_rows)
-        self._forward(step)
-        if not step.num_samples:
-            return StepHandle(torch.empty(0, dtype=torch.int64), None)
+        hidden = self._forward(step)
+        prompts = None
+        if hidden is not None:
+            prompts = logprobs.of_prompts(self.model, hidden, output.prefills, self._spare_logits)
         sampling = [item for item in output.items if item.samples]
-        num_logprobs = [item.seq.request.num_logprobs for item in sampling]
+        num_top = [item.seq.request.num_logprobs for item in sampling]
         logits = self.logits[: step.num_samples]
         edits = plan_edits(sampling)
         if edits is not None:
-            if any(number is not None for number in num_logprobs):
+            if any(number is not None for number in num_top):
                 # Log-probabilities are those of the model, whatever a request does to its logits.
-                logits = self._unedited_logits[: step.num_samples].copy_(logits)
+                logits = self._spare_logits[: step.num_samples].copy_(logits)
             edits.apply(self.logits[: step.num_samples], *self._sampler.slots_and_last_token_ids(step.num_samples))
-        return self._read_back(self._sample(step), logits, num_logprobs)
+        sampled = self._sample(step) if step.num_samples else self._sampler.token_ids[:0]
+        draws = logprobs.of_draws(logits, sampled, num_top)
+        # Last, because its event says that all that the step sends is on the host.
+        token_ids, event = self._read_back(sampled)
+        return StepHandle(token_ids, event, draws, prompts)
 
-    def _forward(self, step: Step) -> None:
-        """Leave the logits of the step's sampling rows in self.logits."""
+    def _forward(self, step: Step) -> HiddenStates | None:
+        """Leave the logits of the step's sampling rows in self.logits. Returns what they came from; a graph has none."""
         if self._decode_graphs is not None and not step.num_prefills:
             self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
-        else:
-            self.model(self._builder.model_inputs(step), self.kv_caches, out=self.logits[: step.num_samples])
+            return None
+        inputs = self._builder.model_inputs(step)
+        hidden = self.model.hidden_states(inputs, self.kv_caches)
+        if step.num_samples:
+            self.model.logits(hidden, inputs.logits_rows, out=self.logits[: step.num_samples])
+        return hidden
 
-    def _read_back(self, sampled: torch.Tensor, logits: torch.Tensor, num_logprobs: list[int | None]) -> StepHandle:
-        """Send what was drawn to the host, with log-probabilities if a row wants some."""
-        logprobs = None
-        if any(number is not None for number in num_logprobs):
-            logprobs = token_logprobs(logits, sampled, num_top=max(number or 0 for number in num_logprobs))
+    def _read_back(self, sampled: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Send what was drawn to the host: where it will be, and the event after which it is there."""
         if self.device.type == "cpu":
-            return StepHandle(sampled.clone(), None, logprobs, num_logprobs)  # the next step overwrites it
+            return sampled.clone(), None  # the next step overwrites it
         self._read_backs.rotate()
         token_ids = self._read_backs[0][: len(sampled)]
         token_ids.copy_(sampled, non_blocking=True)
-        if logprobs is not None:
-            logprobs = TokenLogprobs._make(_to_pinned(tensor) for tensor in logprobs)
         event = torch.cuda.Event()
         event.record()
-        return StepHandle(token_ids, event, logprobs, num_logprobs)
+        return token_ids, event
 
     def _sample(self, step: Step) -> torch.Tensor:
         num_samples = step.num_samples
@@ -270,8 +273,3 @@ class ModelRunner:
         # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
         per_logit_row = 6 * model.vocab_size * 4
         return limits.max_num_batched_tokens * per_token * self.dtype.itemsize + limits.max_num_seqs * per_logit_row
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """On its way to the host; a copy to other memory would wait. PyTorch's allocator reuses the memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

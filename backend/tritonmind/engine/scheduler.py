@@ -123,12 +123,20 @@ class Scheduler:
         return SchedulerOutput(decodes, prefills)
 
     def update(
-        self, output: SchedulerOutput, sampled_ids: list[int], logprobs: list[TokenLogprob | None] | None = None
+        self,
+        output: SchedulerOutput,
+        sampled_ids: list[int],
+        logprobs: list[TokenLogprob | None] | None = None,
+        prompt_logprobs: list[list[TokenLogprob]] | None = None,
     ) -> list[TokenOutput]:
         """Take a finished step's sampled ids: one for each item with `samples`, in the order of `output.items`.
 
-        logprobs: as many, None for the rows that asked for none; or None for all.
+        logprobs: as many, None for the rows that asked for none; or None for all. prompt_logprobs: for each prefill,
+        those of the tokens after its first one; or None for all.
         """
+        for item, values in zip(output.prefills, prompt_logprobs or (), strict=False):
+            if item.seq.prompt_logprobs is not None:
+                item.seq.prompt_logprobs[item.start + 1 : item.start + 1 + len(values)] = values
         outputs = []
         ids = iter(sampled_ids)
         row_logprobs = iter(logprobs or [None] * len(sampled_ids))
@@ -244,6 +252,7 @@ def _running_order(seq: Sequence) -> tuple[int, int]:
 
 
 def _output(seq: Sequence, token_ids: list[int], logprob: TokenLogprob | None = None) -> TokenOutput:
+    is_first = len(seq.token_ids) == seq.num_prompt_tokens + len(token_ids)
     return TokenOutput(
         request_id=seq.request_id,
         token_ids=token_ids,
@@ -251,6 +260,7 @@ def _output(seq: Sequence, token_ids: list[int], logprob: TokenLogprob | None = 
         num_cached_tokens=seq.num_cached_tokens or 0,
         finish_reason=seq.finish_reason,
         stop_token_id=token_ids[-1] if seq.finish_reason == "stop" else None,
-        queue_time_s=seq.queue_time_s if len(seq.token_ids) == seq.num_prompt_tokens + len(token_ids) else None,
+        queue_time_s=seq.queue_time_s if is_first else None,
         logprobs=None if logprob is None else [logprob],
+        prompt_logprobs=seq.prompt_logprobs if is_first and token_ids else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,13 @@ from tritonmind.layers.rotary import cos_sin_table
 from tritonmind.model_inputs import ModelInputs
 
 KVCaches = SequenceABC[tuple[torch.Tensor, torch.Tensor]]
+
+
+class HiddenStates(NamedTuple):
+    """What the layers leave of each token: the last one's output, and the residual stream that it is to be added to."""
+
+    x: torch.Tensor  # [num_tokens, hidden_size]
+    residual: torch.Tensor  # [num_tokens, hidden_size]
 
 
 class LlamaLayer(nn.Module):
@@ -74,12 +82,22 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, inputs: ModelInputs, kv_caches: KVCaches, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """-> logits [num_samples, vocab_size], in `out` if given. Writes the step's K and V into `kv_caches`."""
+        return self.logits(self.hidden_states(inputs, kv_caches), inputs.logits_rows, out=out)
+
+    def hidden_states(self, inputs: ModelInputs, kv_caches: KVCaches) -> HiddenStates:
+        """Run the layers over the step's tokens."""
         x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache)
         assert residual is not None  # a model has at least one layer
-        rows = inputs.logits_rows
+        return HiddenStates(x, residual)
+
+    def logits(
+        self, hidden: HiddenStates, rows: torch.Tensor | None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of the tokens in `rows`, of all for None, which uses `hidden` up."""
+        x, residual = hidden
         if rows is not None:
             x, residual = gather_rows(x, rows), gather_rows(residual, rows)
         x, _ = self.norm(x, residual)
