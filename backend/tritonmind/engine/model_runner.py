@@ -150,7 +150,7 @@ class ModelRunner:
         return StepHandle(token_ids, event, draws, prompts)
 
     def _forward(self, step: Step) -> HiddenStates | None:
-        """Leave the logits of the step's sampling rows in self.logits. Returns what they came from; a graph has none."""
+        """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none."""
         if self._decode_graphs is not None and not step.num_prefills:
             self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
             return None
