@@ -117,7 +117,8 @@ def test_messages_are_parsed() -> None:
         ("[1]", r"messages\[0\]=1"),
         ('[{"role": "user", "content": "a"}, {"content": "b"}]', r"messages\[1\]\.role=None"),
         ('[{"role": "user", "content": ["a"]}]', r"messages\[0\]\.content"),
-        ('[{"role": "user", "content": "a", "name": "n"}]', r"messages\[0\]\.name='n'"),
+        ('[{"role": "user", "content": "a", "name": "n"}]', r"messages\[0\]={'name': 'n'}"),
+        ('[{"role": "user", "content": "a", "\\n=": 1}]', r"messages\[0\]={'\\n=': 1}"),
         ('[{"role": "user", "content": "\\ud800"}]', "messages="),
     ],
 )

@@ -117,6 +117,55 @@ def test_nesting_at_any_depth_is_an_invalid_request(depth: int) -> None:
             parsed({"sampling_parameters": text})
 
 
+@pytest.mark.parametrize("name", ["", "\n", "a=b", "\ud800", "x" * 10_000])
+def test_a_name_that_is_none_is_shown_as_a_text(name: str) -> None:
+    for source in ({"parameters": {name: 1}}, {"sampling_parameters": json.dumps({name: 1})}):
+        with pytest.raises(InvalidRequestError) as refusal:
+            parsed(**source)
+        message = str(refusal.value)
+        assert message.isprintable() and len(message) < 1500
+        assert message.startswith(("'", "sampling_parameters="))
+
+
+def test_a_contradiction_shows_little_of_a_long_value() -> None:
+    long = {"stop": ["x" * 1000] * 60}
+    with pytest.raises(InvalidRequestError, match=r"stop=.* contradicts the input stop") as refusal:
+        parsed(**long, sampling_parameters=json.dumps({"stop": ["y"]}))
+    assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("text_input", np.array([1.5])),
+        ("input_ids", np.array([1.0, 2.5])),
+        ("input_ids", np.array([b"a"], dtype=np.object_)),
+        ("max_tokens", np.array([5.0], dtype=np.float32)),
+        ("stream", np.array([1])),
+        ("temperature", np.array([b"1"], dtype=np.object_)),
+        ("step", np.array([1j])),
+    ],
+)
+def test_a_tensor_of_another_type_is_named(name: str, array: np.ndarray) -> None:
+    tensors = {name: array} if name in ("text_input", "input_ids") else {"text_input": array_of("a"), name: array}
+    with pytest.raises(InvalidRequestError, match=f"{name}='values of type {array.dtype}' is invalid: must be of type"):
+        parse_request(tensors, {}, [])
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, "1" * 400])
+def test_a_timeout_beyond_any_is_named(value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^timeout="):
+        parsed({"timeout": value})
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "seed", "timeout", "temperature"])
+def test_a_number_of_thousands_of_digits_is_an_invalid_request(name: str) -> None:
+    digits = "1" * 5000
+    for parameters in ({name: digits}, {"sampling_parameters": f'{{"{name}": {digits}}}'}):
+        with pytest.raises(InvalidRequestError):
+            parsed(parameters)
+
+
 def test_empty_text_is_refused_whatever_the_tokenizer_adds() -> None:
     with pytest.raises(InvalidRequestError, match="text_input='' is invalid: is empty"):
         parsed(text_input="")

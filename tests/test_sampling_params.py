@@ -57,6 +57,8 @@ def resolved(params: SamplingParams, defaults: GenerationDefaults = NEUTRAL, **c
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("bad_words", ("",)),
+        ("bad_words", ("\ud800",)),
+        ("stop", ("a\udc00",)),
         ("bad_words", ("x",) * 65),
         ("stop_token_ids", (1,) * 257),
         ("num_logprobs", -1),
@@ -150,6 +152,13 @@ def test_bad_generation_config_is_named(tmp_path: Path, content: str, named: str
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="min_tokens=6"):
         SamplingParams(max_tokens=5, min_tokens=6)
+
+
+def test_min_tokens_is_at_most_what_the_context_has_left() -> None:
+    """A number of JSON may be longer than any that is sent to the engine."""
+    assert resolved(SamplingParams(min_tokens=2**70)).min_tokens == 7
+    assert resolved(SamplingParams(min_tokens=2**70, max_tokens=2**71)).min_tokens == 7
+    assert resolved(SamplingParams(min_tokens=3, max_tokens=5)).min_tokens == 3
 
 
 def test_what_the_engine_does_before_a_draw_is_resolved() -> None:

@@ -125,7 +125,7 @@ def parse_messages(text: str) -> list[Message]:
     """
     try:
         return _checked_messages(msgspec.json.decode(text))
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise InvalidRequestError("messages", text, f"is not JSON: {error}") from None
     except RecursionError:  # from decoding, or from an error that shows what was decoded
         raise InvalidRequestError("messages", text, "is nested too deeply") from None
@@ -142,5 +142,5 @@ def _checked_messages(messages: Any) -> list[Message]:
                 raise InvalidRequestError(f"messages[{index}].{key}", message.get(key), "must be a text")
         for key in message:
             if key not in MESSAGE_KEYS:
-                raise InvalidRequestError(f"messages[{index}].{key}", message[key], "only role and content are known")
+                raise InvalidRequestError(f"messages[{index}]", {key: message[key]}, "only role and content are known")
     return messages

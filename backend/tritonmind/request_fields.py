@@ -7,6 +7,7 @@ more than once, the values must agree.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class TensorField(NamedTuple):
 
 
 MAX_TIMEOUT_MS = 2**31 - 1
+MAX_NAME_LENGTH = 64
 PROMPT_FIELDS = ("text_input", "input_ids", "messages")
 
 INPUTS = (
@@ -98,6 +100,15 @@ OUTPUTS = (
 )
 
 _INPUT_BY_NAME = {field.name: field for field in INPUTS}
+# NumPy's kinds of numbers for each type, of any width.
+_KINDS = {
+    "TYPE_STRING": "OSU",
+    "TYPE_BOOL": "b",
+    "TYPE_INT32": "iu",
+    "TYPE_UINT32": "iu",
+    "TYPE_UINT64": "iu",
+    "TYPE_FP32": "fiu",
+}
 _SPELLINGS = {
     "streaming": "stream",
     "stop_words": "stop",
@@ -184,7 +195,9 @@ class _Options:
         if canonical in self._given:
             other_source, other = self._given[canonical]
             if not _same(value, other):
-                raise InvalidRequestError(name, value, f"{source} contradicts {other_source}, which says {other!r}")
+                raise InvalidRequestError(
+                    name, value, f"{source} contradicts {other_source}, which says {reprlib.repr(other)}"
+                )
         else:
             self._given[canonical] = (source, value)
 
@@ -242,11 +255,11 @@ def parse_request(
         if name == "sampling_parameters":
             options.add_json(str(value), "sampling_parameters among the request's parameters")
         elif name == "timeout":
-            options.add("timeout_ms", _convert("timeout", value) / 1000, "the request's parameter timeout")
+            options.add("timeout_ms", _timeout_ms(value), "the request's parameter timeout")
         elif name in _OPTION_TYPES or name in _SPELLINGS or name in _UNSUPPORTED:
             options.add(name, value, "the request's parameters")
         elif name not in _FOREIGN_PARAMETERS and not name.startswith(_FOREIGN_PREFIXES):
-            raise InvalidRequestError(name, value, f"unknown request parameter; known are {_known(_OPTION_TYPES)}")
+            raise _unknown(name, value, "unknown request parameter", _OPTION_TYPES)
     session = _session(options, prompts)
     cancel = options.flag("cancel", False)
     if cancel:
@@ -323,6 +336,9 @@ def _check_cancel(session: SessionFields | None, prompts: list[str], request_id:
 def _values(name: str, array: np.ndarray) -> Any:
     """A tensor as plain data: a list for dims -1, one value for dims 1, strings as str."""
     field = _INPUT_BY_NAME[name]
+    if array.size and array.dtype.kind not in _KINDS[field.data_type]:
+        expected = f"must be of type {field.data_type.removeprefix('TYPE_')}"
+        raise InvalidRequestError(name, f"values of type {array.dtype}", expected)
     values = array.reshape(-1).tolist()
     if field.data_type == "TYPE_STRING":
         try:
@@ -345,8 +361,7 @@ def _json_options(text: str) -> dict[str, Any]:
         raise InvalidRequestError("sampling_parameters", text, "must be a JSON object")
     for name, value in options.items():
         if _SPELLINGS.get(name, name) not in _SAMPLING_TYPES and name not in _UNSUPPORTED:
-            expected = f"unknown key in sampling_parameters; known are {_known(_SAMPLING_TYPES)}"
-            raise InvalidRequestError(name, value, expected)
+            raise _unknown(name, value, "unknown key in sampling_parameters", _SAMPLING_TYPES)
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -362,12 +377,22 @@ def _convert(name: str, value: Any) -> Any:
         raise InvalidRequestError(name, value, str(error)) from None
 
 
+def _timeout_ms(value: Any) -> float:
+    microseconds = _convert("timeout", value)
+    if not 0 <= microseconds <= MAX_TIMEOUT_MS * 1000:
+        raise InvalidRequestError("timeout", value, f"must be 0 (no limit) to {MAX_TIMEOUT_MS * 1000} microseconds")
+    return microseconds / 1000
+
+
 def _same(one: Any, other: Any) -> bool:
     """A tensor's FP32 equals the JSON number it was rounded from."""
     if isinstance(one, float) and isinstance(other, float):
-        return bool(np.float32(one) == np.float32(other))
+        with np.errstate(over="ignore"):
+            return bool(np.float32(one) == np.float32(other))
     return bool(one == other)
 
 
-def _known(names: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(names))
+def _unknown(name: str, value: Any, what: str, known: Mapping[str, Any]) -> InvalidRequestError:
+    """The name is the client's own text, which may be anything: it is shown as one unless it looks like a name."""
+    shown = name if name.isidentifier() and len(name) <= MAX_NAME_LENGTH else reprlib.repr(name)
+    return InvalidRequestError(shown, value, f"{what}; known are {', '.join(sorted(known))}")

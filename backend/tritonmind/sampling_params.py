@@ -128,6 +128,10 @@ def _check_strings(name: str, texts: tuple[str, ...]) -> None:
             raise InvalidRequestError(name, text, "a string must not be empty")
         if len(text) > MAX_STRING_LENGTH:
             raise InvalidRequestError(name, text, f"a string has at most {MAX_STRING_LENGTH} characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError(name, text, "has half a surrogate pair, which is no character") from None
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,13 +201,14 @@ def resolve(
         if (getattr(params, name) or 0) > vocab_size:
             raise InvalidRequestError(name, getattr(params, name), f"the vocabulary has {vocab_size} tokens")
     left = max_model_len - length
+    max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
     stop_token_ids = set(params.stop_token_ids)
     if not params.ignore_eos:
         stop_token_ids.update(eos_token_ids)
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
-        max_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
+        max_tokens=max_tokens,
         temperature=defaults.temperature if params.temperature is None else params.temperature,
         top_k=min(defaults.top_k if params.top_k is None else params.top_k, vocab_size),
         top_p=defaults.top_p if params.top_p is None else params.top_p,
@@ -215,7 +220,7 @@ def resolve(
         frequency_penalty=params.frequency_penalty or 0.0,
         seed=secrets.randbits(64) if params.seed is None else params.seed,
         stop_token_ids=sorted(stop_token_ids),
-        min_tokens=params.min_tokens,
+        min_tokens=min(params.min_tokens, max_tokens),
         logit_bias=list(params.logit_bias.items()),
         bad_words=[run for word in params.bad_words for run in encode_word(word)],
         num_prompt_logprobs=params.num_prompt_logprobs,
