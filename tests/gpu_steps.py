@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def fill_cache(runner: ModelRunner) -> None:
         v_cache.normal_()
 
 
-def sequences(lengths: list[int], num_blocks: int, *, block_size: int = 64, **options: float) -> list[Sequence]:
+def sequences(lengths: list[int], num_blocks: int, *, block_size: int = 64, **options: Any) -> list[Sequence]:
     """Sequences of random tokens in slots of their own, with blocks of their own out of `num_blocks`."""
     blocks = torch.randperm(num_blocks).tolist()
     result = []
@@ -32,8 +33,7 @@ def sequences(lengths: list[int], num_blocks: int, *, block_size: int = 64, **op
             prompt_token_ids=torch.randint(3, 300, (length,)).tolist(),
             max_tokens=1,
             seed=slot,
-            stop_token_ids=[],
-            **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, **options},  # type: ignore[arg-type]
+            **{"stop_token_ids": [], "temperature": 0.0, "top_k": 0, "top_p": 1.0, **options},  # type: ignore[arg-type]
         )
         seq = Sequence(request)
         seq.slot, seq.admission, seq.status = slot, next(_admissions), SequenceStatus.RUNNING

@@ -205,3 +205,15 @@ def test_missing_damaged_and_unsupported_files_are_named(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
         Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("vocabulary", ["smollm2", "byte_fallback"])
+@pytest.mark.parametrize("word", ["fox", " fox", "the fox"])
+def test_a_word_is_known_as_it_stands_in_a_text(vocabulary: str, word: str, request: pytest.FixtureRequest) -> None:
+    """After a space, and after what is none: one of its runs ends the ids of each text that ends with it."""
+    tokenizer: Tokenizer = request.getfixturevalue(vocabulary)
+    runs = tokenizer.encode_word(word)
+    assert len(runs) == 2 and all(tokenizer.decode([*tokenizer.encode_continuation("a"), *run]) for run in runs)
+    for text in (f"a {word.strip()}", f"a. the {word.strip()}", f"a\n{word.strip()}"):
+        ids = tokenizer.encode_continuation(text)
+        assert any(ids[-len(run) :] == run for run in runs), f"{text!r} is {ids}, the runs are {runs}"

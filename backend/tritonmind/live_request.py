@@ -38,7 +38,7 @@ class Answer:
     stop_reason: str | None = None
     logprobs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
-    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None  # in the first response only
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None  # in one response
 
     def rest(self) -> Answer:
         """What there is to say when this has been sent: nothing new yet, and what holds for good."""

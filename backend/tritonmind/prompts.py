@@ -10,8 +10,6 @@ from tritonmind.request_fields import ParsedRequest
 from tritonmind.sessions import ChatTurn, Turn
 from tritonmind.tokenizer import Tokenizer
 
-# Ends a line in every vocabulary and grows together with no text after it.
-_ANCHOR = "\n"
 # A text that no template writes of itself.
 _MARK = "mark-5d1f0c9e"
 
@@ -41,7 +39,11 @@ class PromptBuilder:
             text = self._tokenizer.decode(request.input_ids) if request.echo else ""
             return _joined(history, request.input_ids, text, max_model_len)
         self._check_size(field, request.text, max_model_len)
-        token_ids = self._continue(request.text) if history else self._tokenizer.encode_prompt(request.text)
+        token_ids = (
+            self._tokenizer.encode_continuation(request.text)
+            if history
+            else self._tokenizer.encode_prompt(request.text)
+        )
         return _joined(history, token_ids, request.text, max_model_len)
 
     def _chat(self, messages: list[Message], turn: Turn | None, max_model_len: int) -> Prompt:
@@ -57,16 +59,7 @@ class PromptBuilder:
         history = turn.history
         if turns[-1].ended_by_token:
             history.pop()
-        return _joined(history, self._continue(text), text, max_model_len)
-
-    def _continue(self, text: str) -> list[int]:
-        """Token ids of a text that has some before it: without bos, and without the space that some tokenizers add."""
-        tokenizer = self._tokenizer
-        if tokenizer.decoder.strip:
-            head, whole = (tokenizer.encode(part, add_special_tokens=False) for part in (_ANCHOR, _ANCHOR + text))
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
-        return tokenizer.encode(text, add_special_tokens=False)
+        return _joined(history, self._tokenizer.encode_continuation(text), text, max_model_len)
 
     def _check_size(self, field: str, text: str, max_model_len: int) -> None:
         """Refuse, before the work of encoding it, a text that cannot fit whatever its tokens are."""

@@ -6,6 +6,7 @@ request's session is free again before its last response leaves.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -38,7 +39,9 @@ class Senders:
         metrics: Metrics,
         on_end: Callable[[LiveRequest, bool], None],
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decoded = functools.lru_cache(maxsize=None)(  # at most the vocabulary
+            lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+        )
         self._sessions = sessions
         self._metrics = metrics
         self._on_end = on_end
@@ -132,7 +135,7 @@ class Senders:
             str(other): {
                 "logprob": value,
                 "rank": rank,
-                "decoded_token": self._tokenizer.decode([other], skip_special_tokens=False),
+                "decoded_token": self._decoded(other),
             }
             for other, value, rank in ranked
         }

@@ -234,8 +234,7 @@ class RequestServer:
             ]
             live.client = client
             live.submitted_at = time.monotonic()
-            for request in requests:
-                client.submit(request, live.on_output)
+            client.submit_all(requests, live.on_output)
             # Given up before the engine knew it: that abort came too early.
             if live.failure is not None or live.interrupted:
                 live.abort()

@@ -18,6 +18,8 @@ import tokenizers
 
 from tritonmind.errors import ConfigError
 
+# Stands for the text before a continuation: ends a line in every vocabulary, grows together with no text after it.
+ANCHOR = "\n"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -207,9 +209,18 @@ class Tokenizer:
         (encoding,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that has some before it: without bos, and without the space that some tokenizers add."""
+        if self.decoder.strip:
+            head, whole = (self.encode(part, add_special_tokens=False) for part in (ANCHOR, ANCHOR + text))
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text, add_special_tokens=False)
+
     def encode_word(self, text: str) -> list[list[int]]:
         """The runs of token ids that `text` may be written as within an answer: as it is, and after a space."""
-        runs = [self.encode(variant, add_special_tokens=False) for variant in (text, f" {text.lstrip()}")]
+        word = text.lstrip(" ")
+        runs = [self.encode_continuation(variant) for variant in (text, word, f" {word}")]
         return [run for number, run in enumerate(runs) if run and run not in runs[:number]]
 
     def encode_prompt(self, text: str) -> list[int]:

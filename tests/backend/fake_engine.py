@@ -33,6 +33,10 @@ class FakeEngine:
         first, self._next_id = self._next_id, self._next_id + count
         return first
 
+    def submit_all(self, requests: list[EngineRequest], on_output: Callable[[TokenOutput], None]) -> None:
+        for request in requests:
+            self.submit(request, on_output)
+
     def submit(self, request: EngineRequest, on_output: Callable[[TokenOutput], None]) -> None:
         with self._changed:
             if not self._alive:

@@ -19,7 +19,7 @@ from tritonmind.engine import process_client
 from tritonmind.engine.client import EngineClient
 from tritonmind.engine.launch import start_engine
 from tritonmind.engine.process_client import ProcessEngineClient
-from tritonmind.errors import ConfigError, TritonmindError, UnavailableError, WorkspaceError
+from tritonmind.errors import ConfigError, InvalidRequestError, TritonmindError, UnavailableError, WorkspaceError
 from tritonmind.messages import EngineRequest, TokenOutput
 
 OVERRIDES: dict[str, object] = {"device": "cpu", "cache_max_entry_count": 64, "num_threads": 1}
@@ -286,3 +286,17 @@ def test_find_interpreter_takes_only_our_version(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(process_client, "_version_of", lambda python: None)
     with pytest.raises(TritonmindError, match=rf"no Python {version}.*/usr/bin/python3 \(does not run\)"):
         process_client.find_interpreter()
+
+
+def test_n_requests_are_taken_all_or_none(workspace: Path) -> None:
+    client = start_engine(str(workspace), {**OVERRIDES, "max_num_seqs": 2, "max_queue_size": 1}, in_process=True)
+    outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+    try:
+        with pytest.raises(InvalidRequestError, match="n=4 is invalid: 2 may run and max_queue_size=1 wait"):
+            client.submit_all([request(client, [5], 3) for _ in range(4)], outputs.put)
+        client.submit_all([request(client, [5], 400) for _ in range(2)], outputs.put)
+        with pytest.raises(UnavailableError, match="queue is full: 2 requests are live"):
+            client.submit_all([request(client, [6], 3) for _ in range(2)], outputs.put)
+        assert answer(client, [6], 3)[1].finish_reason == "length", "there is room for one"
+    finally:
+        client.shutdown()

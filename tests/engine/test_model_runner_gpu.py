@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ pytestmark = pytest.mark.gpu
 
 NUM_BLOCKS = 100
 MAX_NUM_SEQS = 11
+EXTRAS: dict[str, Any] = {
+    "logit_bias": [(7, 1.5)],
+    "min_tokens": 3,
+    "stop_token_ids": [4, 5],
+    "bad_words": [[6], [8, 9]],
+    "num_logprobs": 3,
+    "num_prompt_logprobs": 2,
+}
 SAMPLING = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
 
 
@@ -113,7 +122,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts
 
 def test_steps_wait_for_nothing(runner: ModelRunner) -> None:
     """Every kind of step, with sequences that enter with penalties; PyTorch raises at anything that synchronises."""
-    seqs = sequences([40, 64, 65, 300, 17, 128], NUM_BLOCKS, **SAMPLING)
+    seqs = sequences([40, 64, 65, 300, 17, 128], NUM_BLOCKS, **SAMPLING, **EXTRAS)
     more = sequences([33, 99], NUM_BLOCKS)
     outputs = [
         SchedulerOutput([], prefill(seqs[:3], 30)),
@@ -143,15 +152,14 @@ def test_nothing_compiles_after_ready(workspace: Workspace) -> None:
     core = EngineCore(workspace, config)
     draw = random.Random(int(torch.randint(1 << 30, ()).item()))
     for number in range(120):
-        options = draw.choice(({}, SAMPLING, {"temperature": 1.0}, {"presence_penalty": 0.5}))
+        options = draw.choice(({}, SAMPLING, {"temperature": 1.0}, {"presence_penalty": 0.5}, EXTRAS))
         core.add(
             EngineRequest(
                 request_id=number,
                 prompt_token_ids=[draw.randrange(3, 300) for _ in range(draw.choice((1, 2, 15, 17, 63, 100, 300)))],
                 max_tokens=draw.randrange(1, 80),
                 seed=number,
-                stop_token_ids=[],
-                **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, **options},
+                **{"stop_token_ids": [], "temperature": 0.0, "top_k": 0, "top_p": 1.0, **options},
             )
         )
     num_finished = 0
@@ -212,3 +220,30 @@ def test_a_full_cache_is_not_out_of_memory(tmp_path: Path) -> None:
     assert stats.num_preemptions > 0, "the cache was never full"
     memory = torch.cuda.memory_stats()
     assert memory["num_ooms"] == 0 and memory["num_alloc_retries"] == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"max_num_seqs": 1, "max_num_batched_tokens": 512, "session_len": 128},
+        {"max_num_seqs": 16, "max_num_batched_tokens": 16, "session_len": 128},
+    ],
+    ids=str,
+)
+def test_it_gets_ready_whatever_the_limits_are(workspace: Workspace, overrides: dict[str, int]) -> None:
+    """More tokens in a step than a session may have; no room for a prompt beside the decodes."""
+    runner = ModelRunner(workspace, workspace.engine_config(device="cuda", cache_max_entry_count=40, **overrides))
+    seqs = sequences([20] * overrides["max_num_seqs"], 40)
+    assert len(run(runner, decode(seqs))[1]) == overrides["max_num_seqs"]
+
+
+def test_the_largest_step_takes_no_more_memory_once_ready(workspace: Workspace) -> None:
+    """Capturing graphs gives PyTorch's spare memory back to the card, where another process could take it."""
+    config = workspace.engine_config(
+        device="cuda", max_num_seqs=8, max_num_batched_tokens=4096, cache_max_entry_count=200, session_len=512
+    )
+    runner = ModelRunner(workspace, config)
+    before = torch.cuda.memory_reserved()
+    items = prefill(sequences([512] * 8, 200, **SAMPLING), 512)
+    runner.execute(SchedulerOutput([], items)).wait()
+    assert torch.cuda.memory_reserved() == before

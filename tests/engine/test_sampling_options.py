@@ -127,17 +127,17 @@ def test_rows_with_and_without_logprobs_share_a_batch(served: Served) -> None:
 
 def test_n_answers_have_their_own_seeds_and_one_prompt(served: Served) -> None:
     options = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": 2**64 - 2}
-    together = served.llm.generate(PROMPTS, SamplingParams(n=3, **options))
+    prompts = [[9, *prompt] for prompt in PROMPTS]  # in no cache
+    together = served.llm.generate(prompts, SamplingParams(n=3, **options))
     served.llm.engine.check_integrity()
     assert len(together) == 9
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         answers = together[3 * number : 3 * number + 3]
         for index, answer in enumerate(answers):
             seed = (2**64 - 2 + index) % 2**64
             (alone,) = served.llm.generate([prompt], SamplingParams(**{**options, "seed": seed}))
             assert answer.token_ids == alone.token_ids
-            if index:
-                assert answer.num_cached_tokens == (len(prompt) - 1) // 64 * 64
+            assert answer.num_cached_tokens == (len(prompt) - 1) // 64 * 64 * (index > 0)
         assert len({tuple(answer.token_ids) for answer in answers}) == 3
 
 

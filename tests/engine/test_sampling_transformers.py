@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tritonmind.engine.logit_edits import plan_edits
+from tritonmind.engine.logit_edits import LogitEditor
 from tritonmind.engine.scheduler import ScheduledSequence
 from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
 from tritonmind.messages import EngineRequest
@@ -124,7 +124,7 @@ def edited(**options: Any) -> torch.Tensor:
     seq = Sequence(request, arrival=0)
     seq.token_ids.extend(GENERATED)
     logits = fixed_logits().view(1, -1)
-    edits = plan_edits([ScheduledSequence(seq, len(seq.token_ids) - 1, 1, True)])
+    edits = LogitEditor().plan([ScheduledSequence(seq, len(seq.token_ids) - 1, 1, True)])
     if edits is not None:
         edits.apply(logits, torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
     return logits

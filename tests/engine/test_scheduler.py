@@ -306,3 +306,21 @@ def test_an_answer_does_not_wait_for_a_prompt_that_nobody_computes(end: str) -> 
         driver.take(driver.scheduler.abort([0]))
     driver.run()
     assert driver.tokens[1] == generate(prompt, 6)
+
+
+def test_answers_that_wait_for_a_prompt_keep_their_places() -> None:
+    """Requests that came later, and are less urgent, do not take the slots of those that wait for their prompt."""
+    prompt = list(range(30))
+    driver = Driver(num_blocks=80, depth=0, max_num_seqs=4, budget=8)
+    driver.scheduler.add(request(0, prompt, 6))
+    for number in (1, 2, 3):
+        driver.scheduler.add(msgspec.structs.replace(request(number, prompt, 6), parent_id=0))
+    for number in (4, 5, 6):
+        driver.scheduler.add(request(number, [number] * 20, 6))
+    started: list[int] = []
+    for _ in range(12):
+        driver.step()
+        started += [seq.request_id for seq in driver.scheduler.running if seq.request_id not in started]
+    assert started[:4] == [0, 1, 2, 3]
+    driver.run()
+    assert all(driver.tokens[number] == generate(prompt, 6) for number in range(4))

@@ -12,10 +12,10 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
-from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
+from tritonmind.errors import ConfigError, InvalidRequestError, TritonmindError, UnavailableError
 from tritonmind.messages import (
     Abort,
     Call,
@@ -77,19 +77,30 @@ class EngineClient(ABC):
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """Send a request made by `sampling_params.resolve`. UnavailableError if the engine cannot take it now."""
-        self._check(request)
+        self.submit_all([request], on_output)
+
+    def submit_all(self, requests: Sequence[EngineRequest], on_output: OnOutput) -> None:
+        """Send the requests for the n answers to one prompt, all or none.
+
+        UnavailableError if the engine cannot take them now, InvalidRequestError if its queue is too short for them.
+        """
+        for request in requests:
+            self._check(request)
+        running, queued = self.info.max_num_seqs, self.info.max_queue_size
+        if queued and len(requests) > running + queued:
+            raise InvalidRequestError("n", len(requests), f"{running} may run and max_queue_size={queued} wait")
         with self._lock:
             if self._failure is not None:
                 raise UnavailableError(f"the engine is down: {self._failure}")
-            limit = self.info.max_num_seqs + self.info.max_queue_size
-            if self.info.max_queue_size and len(self._live) >= limit:
+            if queued and len(self._live) + len(requests) > running + queued:
                 raise UnavailableError(
-                    f"the queue is full: {len(self._live)} requests are live, {self.info.max_num_seqs} may run and "
-                    f"max_queue_size={self.info.max_queue_size} wait; try again later"
+                    f"the queue is full: {len(self._live)} requests are live, {running} may run and "
+                    f"max_queue_size={queued} wait; try again later"
                 )
-            assert request.request_id not in self._live
-            self._send(request)
-            self._live[request.request_id] = on_output
+            for request in requests:
+                assert request.request_id not in self._live
+                self._send(request)
+                self._live[request.request_id] = on_output
 
     def stream(self, request: EngineRequest) -> Iterator[TokenOutput]:
         """Submit and yield the outputs as they come, the last one included. Leaving early aborts the request."""

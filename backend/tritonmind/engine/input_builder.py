@@ -100,6 +100,7 @@ class InputBuilder:
         """Send a step of padding for a warm-up: it reads block 0, writes no K and V, and samples for nobody."""
         num_prefills = len(prefill_lens)
         num_seqs = num_decodes + num_prefills
+        assert max(prefill_lens, default=0) <= self.max_blocks * self._block_size, "a chunk longer than a block table"
         head = self._staging.begin()
         head.context_lens[:num_seqs] = [1] * num_decodes + prefill_lens
         np.cumsum(prefill_lens, dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from tritonmind.engine.scheduler import ScheduledSequence
@@ -18,62 +19,96 @@ from tritonmind.sequence import Sequence
 ALWAYS = -1
 
 
-class _Edit(NamedTuple):
-    row: int
-    token_id: int
-    value: float
-    condition: int
-
-
-def has_edits(request: EngineRequest) -> bool:
-    """Whether draws of this request may need an edit."""
-    return bool(request.logit_bias or request.bad_words or request.min_tokens)
-
-
 class LogitEdits(NamedTuple):
-    """Of one step. Biases come first: a ban wins over a bias of the same token."""
+    """Of one step, [4, count] int32 each: rows, token ids, bits of the fp32 values, conditions.
 
-    biases: list[_Edit]
-    bans: list[_Edit]
+    Biases come first: a ban wins over a bias of the same token.
+    """
+
+    biases: np.ndarray
+    bans: np.ndarray
 
     def apply(self, logits: torch.Tensor, slots: torch.Tensor, last_token_ids: torch.Tensor) -> None:
         """Change the step's logits [R, vocab_size] in place, in the order of the current stream."""
-        for edits in self:
-            if edits:
-                rows, token_ids, values, conditions = zip(*edits, strict=True)
-                edit_logits(
-                    logits,
-                    _to(logits.device, rows, torch.int32),
-                    _to(logits.device, token_ids, torch.int32),
-                    _to(logits.device, values, torch.float32),
-                    _to(logits.device, conditions, torch.int32),
-                    slots,
-                    last_token_ids,
-                )
+        for packed in self:
+            if packed.size:
+                edits = torch.from_numpy(packed)
+                if logits.is_cuda:
+                    edits = edits.pin_memory().to(logits.device, non_blocking=True)
+                rows, token_ids, values, conditions = edits
+                edit_logits(logits, rows, token_ids, values.view(torch.float32), conditions, slots, last_token_ids)
 
 
-def plan_edits(sampling: list[ScheduledSequence]) -> LogitEdits | None:
-    """The edits of a step's sampling rows, None if there are none."""
-    biases: list[_Edit] = []
-    bans: list[_Edit] = []
-    for row, item in enumerate(sampling):
-        request = item.seq.request
-        if not has_edits(request):
-            continue
-        biases.extend(_Edit(row, token_id, value, ALWAYS) for token_id, value in request.logit_bias)
-        position = item.start + item.num_new_tokens
-        if position - item.seq.num_prompt_tokens < request.min_tokens:
-            bans.extend(_Edit(row, token_id, -torch.inf, ALWAYS) for token_id in request.stop_token_ids)
-        for word in request.bad_words:
-            condition = _completes(item.seq, position, word)
-            if condition is not None:
-                bans.append(_Edit(row, word[-1], -torch.inf, condition))
-    return LogitEdits(biases, bans) if biases or bans else None
+class _Constants(NamedTuple):
+    """What of a request's edits is the same at every position, [4, count] int32 with rows of 0."""
+
+    admission: int
+    biases: np.ndarray
+    stop_bans: np.ndarray
+
+
+class LogitEditor:
+    """Plans the edits of each step. Keeps by slot what a request asks for at every position."""
+
+    def __init__(self) -> None:
+        self._constants: dict[int, _Constants] = {}
+
+    def plan(self, sampling: list[ScheduledSequence]) -> LogitEdits | None:
+        """The edits of a step's sampling rows, None if there are none."""
+        biases: list[np.ndarray] = []
+        bans: list[np.ndarray] = []
+        for row, item in enumerate(sampling):
+            request = item.seq.request
+            if not (request.logit_bias or request.bad_words or request.min_tokens):
+                continue
+            constants = self._constants_of(item.seq)
+            if constants.biases.size:
+                biases.append(_in_row(constants.biases, row))
+            position = item.start + item.num_new_tokens
+            if position - item.seq.num_prompt_tokens < request.min_tokens and constants.stop_bans.size:
+                bans.append(_in_row(constants.stop_bans, row))
+            for word in request.bad_words:
+                condition = _completes(item.seq, position, word)
+                if condition is not None:
+                    bans.append(_pack([word[-1]], [-np.inf], row, condition))
+        if not biases and not bans:
+            return None
+        nothing = [np.zeros((4, 0), dtype=np.int32)]
+        return LogitEdits(np.concatenate(biases or nothing, axis=1), np.concatenate(bans or nothing, axis=1))
+
+    def _constants_of(self, seq: Sequence) -> _Constants:
+        known = self._constants.get(seq.slot)
+        if known is None or known.admission != seq.admission:
+            known = _constants(seq.request, seq.admission)
+            self._constants[seq.slot] = known
+        return known
 
 
 def warm_up_edits(logits: torch.Tensor, slots: torch.Tensor, last_token_ids: torch.Tensor) -> None:
     """Run the kernel without an effect."""
-    LogitEdits([_Edit(0, 0, 0.0, ALWAYS)], []).apply(logits, slots.clamp(min=0), last_token_ids)
+    nothing = _pack([0], [0.0], 0, ALWAYS)
+    LogitEdits(nothing, nothing[:, :0]).apply(logits, slots.clamp(min=0), last_token_ids)
+
+
+def _constants(request: EngineRequest, admission: int) -> _Constants:
+    ids, values = zip(*request.logit_bias, strict=True) if request.logit_bias else ((), ())
+    stop_ids = request.stop_token_ids if request.min_tokens else []
+    return _Constants(
+        admission, _pack(list(ids), list(values), 0, ALWAYS), _pack(stop_ids, [-np.inf] * len(stop_ids), 0, ALWAYS)
+    )
+
+
+def _pack(token_ids: list[int], values: list[float], row: int, condition: int) -> np.ndarray:
+    packed = np.empty((4, len(token_ids)), dtype=np.int32)
+    packed[0], packed[1], packed[3] = row, token_ids, condition
+    packed[2] = np.array(values, dtype=np.float32).view(np.int32)
+    return packed
+
+
+def _in_row(packed: np.ndarray, row: int) -> np.ndarray:
+    moved = packed.copy()
+    moved[0] = row
+    return moved
 
 
 def _completes(seq: Sequence, position: int, word: list[int]) -> int | None:
@@ -90,8 +125,3 @@ def _completes(seq: Sequence, position: int, word: list[int]) -> int | None:
     num_unknown = len(word) - 1 - len(known)
     assert num_unknown <= 1, "more than one token of a sequence is in flight"
     return word[-2] if num_unknown else ALWAYS
-
-
-def _to(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -27,9 +27,10 @@ from tritonmind.engine.device import (
 )
 from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
-from tritonmind.engine.logit_edits import plan_edits, warm_up_edits
+from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import NUM_BUFFERS
+from tritonmind.errors import ConfigError
 from tritonmind.kernels import PREFILL_VARIANTS, decode_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
 from tritonmind.model_source import ModelSource
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a step when the configuration leaves it open: enough to keep the device busy, few enough for even answers.
 AUTOMATIC_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
+# Prompt tokens whose logits are computed at a time: enough for a product that is not bound by reading the matrix.
+PROMPT_LOGPROB_ROWS = 256
 # What the captured graphs take: kernel arguments, cuBLAS workspaces, and the activations of the largest batch.
 GRAPH_RESERVE_BYTES = 1 << 30
 
@@ -107,7 +110,9 @@ class ModelRunner:
         self._builder = InputBuilder(config, self.device)
         self._sampler = self._builder.sampler
         self.logits = torch.zeros((max_num_seqs, config.model.vocab_size), dtype=self.dtype, device=self.device)
-        self._spare_logits = torch.empty_like(self.logits)
+        self._editor = LogitEditor()
+        num_spare = max(max_num_seqs, PROMPT_LOGPROB_ROWS)
+        self._spare_logits = self.logits.new_empty((num_spare, config.model.vocab_size))
         is_cuda = self.device.type == "cuda"
         self._read_backs = deque(
             torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=is_cuda) for _ in range(NUM_BUFFERS)
@@ -137,7 +142,7 @@ class ModelRunner:
         sampling = [item for item in output.items if item.samples]
         num_top = [item.seq.request.num_logprobs for item in sampling]
         logits = self.logits[: step.num_samples]
-        edits = plan_edits(sampling)
+        edits = self._editor.plan(sampling)
         if edits is not None:
             if any(number is not None for number in num_top):
                 # Log-probabilities are those of the model, whatever a request does to its logits.
@@ -184,20 +189,33 @@ class ModelRunner:
         if self.device.type == "cpu":
             self._allocate_cache(free_bytes(self.device), self._estimated_activation_bytes(), graphs_bytes=0)
             return
-        with torch.inference_mode():
-            started = time.monotonic()
-            self.kv_caches = kv_cache.allocate(self.config, 1, dtype=self.dtype, device=self.device)
-            torch.cuda.empty_cache()
-            free = free_bytes(self.device)
-            self._warm_up()
-            # What the largest steps took stays with PyTorch's allocator for the steps to come.
-            activation_bytes = max(0, free - free_bytes(self.device))
-            graphs_bytes = 0 if self.config.enforce_eager else GRAPH_RESERVE_BYTES
-            self._allocate_cache(free, activation_bytes, graphs_bytes=graphs_bytes)
-            logger.info("warm-up took %.1f s", time.monotonic() - started)
-            if not self.config.enforce_eager:
-                self._capture()
-            torch.cuda.synchronize()
+        stage = "running the largest step"
+        try:
+            with torch.inference_mode():
+                started = time.monotonic()
+                self.kv_caches = kv_cache.allocate(self.config, 1, dtype=self.dtype, device=self.device)
+                torch.cuda.empty_cache()
+                free = free_bytes(self.device)
+                self._warm_up()
+                activation_bytes = max(0, free - free_bytes(self.device))
+                # So that the cache lies in memory of its own, and not between what the steps left.
+                torch.cuda.empty_cache()
+                stage = "allocating the KV cache"
+                graphs_bytes = 0 if self.config.enforce_eager else GRAPH_RESERVE_BYTES
+                self._allocate_cache(free, activation_bytes, graphs_bytes=graphs_bytes)
+                logger.info("warm-up took %.1f s", time.monotonic() - started)
+                if not self.config.enforce_eager:
+                    stage = "capturing graphs"
+                    self._capture()
+                # Capturing gives free memory back to the card: take again what the largest steps need, and keep it.
+                stage = "running the largest step beside the cache"
+                self._run_largest()
+                torch.cuda.synchronize()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the card's memory ran out while {stage}, {free_bytes(self.device) / 2**30:.2f} GiB being free: lower "
+                "cache_max_entry_count, max_batch_size or max_context_token_num, or free memory"
+            ) from error
 
     def _allocate_cache(self, free: int, activation_bytes: int, *, graphs_bytes: int) -> None:
         self.memory_plan = kv_cache.plan_memory(
@@ -218,18 +236,25 @@ class ModelRunner:
         """Run steps that between them use every variant of every kernel, the largest first."""
         limits, model = self.config.scheduler, self.config.model
         max_tokens, max_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
-        longest = min(limits.max_model_len, max_tokens)
-        self._run_padding(0, [longest] * min(max_tokens // longest, max_seqs))
-        num_chunks = min(max_seqs, max_tokens)
-        self._run_padding(0, [max_tokens // num_chunks] * num_chunks)
-        self._warm_up_options(min(max_seqs, num_chunks))
+        longest = self._run_largest()
         for query_len in PREFILL_VARIANTS:
             self._run_padding(0, [min(query_len, longest)])
         num_kv_heads = model.num_kv_heads // self.config.tensor_parallel_size
         for num_decodes in decode_variants(max_seqs, num_kv_heads, self._builder.max_blocks, self.device):
             self._run_padding(num_decodes, [])
-            if num_decodes < max_seqs:
-                self._run_padding(num_decodes, [min(16, longest)])
+            chunk = min(16, longest, max_tokens - num_decodes)
+            if num_decodes < max_seqs and chunk:
+                self._run_padding(num_decodes, [chunk])
+
+    def _run_largest(self) -> int:
+        """Steps that need as much memory as any: few long prompts, and many short ones. Returns the longest chunk."""
+        limits = self.config.scheduler
+        max_tokens, max_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+        longest = min(limits.max_model_len, max_tokens)
+        self._run_padding(0, [longest] * min(max_tokens // longest, max_seqs))
+        self._run_padding(0, [min(longest, max_tokens // max_seqs)] * max_seqs)
+        self._warm_up_options(max_seqs)
+        return longest
 
     def _warm_up_options(self, num_rows: int) -> None:
         """What some requests ask for beside the draw, at its largest."""
@@ -238,11 +263,12 @@ class ModelRunner:
         token_logprobs(logits, self._sampler.token_ids[:num_rows], num_top=min(MAX_LOGPROBS, logits.shape[1]))
 
     def _run_padding(self, num_decodes: int, prefill_lens: list[int]) -> None:
-        """A step for nobody, drawn both ways."""
+        """A step for nobody, drawn both ways. Like `execute` it keeps the hidden states until the end."""
         step = self._builder.stage_padding(num_decodes, prefill_lens)
-        self._forward(step)
+        hidden = self._forward(step)
         for greedy in (True, False):
             self._sample(step._replace(greedy=greedy))
+        del hidden
 
     def _capture(self) -> None:
         """Capture decoding and both ways of sampling, in one memory pool."""

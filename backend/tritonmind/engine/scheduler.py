@@ -110,9 +110,12 @@ class Scheduler:
 
         if self.num_preemptions == num_preemptions_before:
             while self._free_slots and budget > 0:
-                head = next((seq for seq in self.waiting if not self._awaits_parent(seq)), None)
-                # The token of a preempted sequence may still be in flight; it is needed to recompute.
-                if head is None or head.num_pending_tokens or not self.block_manager.admit(head):
+                head, num_passed = self._next_waiting()
+                # Those passed over came first: slots are kept for them. The token of a preempted sequence may still be
+                # in flight; it is needed to recompute.
+                if head is None or num_passed >= len(self._free_slots) or head.num_pending_tokens:
+                    break
+                if not self.block_manager.admit(head):
                     break
                 self.waiting.remove(head)
                 self._start(head)
@@ -174,6 +177,13 @@ class Scheduler:
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         self.block_manager.check_integrity(self._live.values())
+
+    def _next_waiting(self) -> tuple[Sequence | None, int]:
+        """The first in the queue that can start, and how many before it wait for the prompt that they share."""
+        for num_passed, seq in enumerate(self.waiting):
+            if not self._awaits_parent(seq):
+                return seq, num_passed
+        return None, len(self.waiting)
 
     def _awaits_parent(self, seq: Sequence) -> bool:
         """Whether the prompt that `seq` shares is still being computed by the request it names, if that is live."""
