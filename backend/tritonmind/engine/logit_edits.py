@@ -45,6 +45,8 @@ class _Constants(NamedTuple):
     admission: int
     biases: np.ndarray
     stop_bans: np.ndarray
+    word_bans: np.ndarray  # of words that are one token
+    longer_words: list[list[int]]
 
 
 class LogitEditor:
@@ -67,7 +69,9 @@ class LogitEditor:
             position = item.start + item.num_new_tokens
             if position - item.seq.num_prompt_tokens < request.min_tokens and constants.stop_bans.size:
                 bans.append(_in_row(constants.stop_bans, row))
-            for word in request.bad_words:
+            if constants.word_bans.size:
+                bans.append(_in_row(constants.word_bans, row))
+            for word in constants.longer_words:
                 condition = _completes(item.seq, position, word)
                 if condition is not None:
                     bans.append(_pack([word[-1]], [-np.inf], row, condition))
@@ -93,8 +97,13 @@ def warm_up_edits(logits: torch.Tensor, slots: torch.Tensor, last_token_ids: tor
 def _constants(request: EngineRequest, admission: int) -> _Constants:
     ids, values = zip(*request.logit_bias, strict=True) if request.logit_bias else ((), ())
     stop_ids = request.stop_token_ids if request.min_tokens else []
+    single = [word[0] for word in request.bad_words if len(word) == 1]
     return _Constants(
-        admission, _pack(list(ids), list(values), 0, ALWAYS), _pack(stop_ids, [-np.inf] * len(stop_ids), 0, ALWAYS)
+        admission,
+        biases=_pack(list(ids), list(values), 0, ALWAYS),
+        stop_bans=_pack(stop_ids, [-np.inf] * len(stop_ids), 0, ALWAYS),
+        word_bans=_pack(single, [-np.inf] * len(single), 0, ALWAYS),
+        longer_words=[word for word in request.bad_words if len(word) > 1],
     )
 
 
@@ -116,12 +125,12 @@ def _completes(seq: Sequence, position: int, word: list[int]) -> int | None:
 
     None: it cannot, whatever the token before turns out to be.
     """
-    begin = position - len(word) + 1
-    if begin < 0:
-        return None
-    known = seq.token_ids[begin:position]
-    if known != word[: len(known)]:
-        return None
-    num_unknown = len(word) - 1 - len(known)
+    token_ids, begin = seq.token_ids, position - len(word) + 1
+    num_unknown = position - len(token_ids) if position > len(token_ids) else 0
     assert num_unknown <= 1, "more than one token of a sequence is in flight"
+    last = len(word) - 2 - num_unknown  # index in the word of the last token that is known here; most fail at it
+    if begin < 0 or (last >= 0 and token_ids[begin + last] != word[last]):
+        return None
+    if token_ids[begin : begin + last] != word[: max(last, 0)]:
+        return None
     return word[-2] if num_unknown else ALWAYS
