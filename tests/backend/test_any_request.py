@@ -204,4 +204,4 @@ def test_any_request_is_answered_or_refused(served: Served, batch: list[DrawnReq
 def test_many_of_those_requests_were_answered(served: Served) -> None:
     """Else the one above has shown little."""
     assert served.tally["answered"] > served.tally.total() / 4
-    assert all(served.tally[code] for code in REFUSALS), served.tally
+    assert served.tally["INVALID_ARG"] and served.tally["NOT_FOUND"], served.tally
