@@ -125,3 +125,35 @@ def test_a_finished_stream_takes_no_more(tokenizer: Tokenizer) -> None:
     stream.push([], "length")
     with pytest.raises(AssertionError):
         stream.push([5])
+
+
+def test_siblings_share_their_stop_strings_and_nothing_else(tokenizer: Tokenizer) -> None:
+    first = TextStream(tokenizer, ["STOP"], include_stop=True)
+    ids = tokenizer.encode("aST", add_special_tokens=False)
+    assert first.push(ids).text == "a"
+    second = first.sibling()
+    assert second.push(tokenizer.encode("OP", add_special_tokens=False)).text == "OP", (
+        "the first one's ST is not its own"
+    )
+    assert first.push(tokenizer.encode("OPb", add_special_tokens=False)[:2]).text.startswith("STOP")
+    assert second.push(tokenizer.encode(" xSTOPy", add_special_tokens=False)).text == " xSTOP"
+    assert second.finished
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_what_ended_the_answer_is_in_the_text_if_asked_for(tokenizer: Tokenizer, include_stop: bool) -> None:
+    stream = TextStream(tokenizer, ["b"], include_stop=include_stop)
+    delta = stream.push(tokenizer.encode("abc", add_special_tokens=False))
+    assert delta.text == ("ab" if include_stop else "a") and delta.stop_reason == "b"
+    (stop_id,) = tokenizer.encode("c", add_special_tokens=False)
+    stream = TextStream(tokenizer, include_stop=include_stop)
+    delta = stream.push([*tokenizer.encode("a", add_special_tokens=False), stop_id], "stop", stop_token_id=stop_id)
+    assert delta.text == ("ac" if include_stop else "a")
+
+
+def test_special_tokens_have_text_if_asked_for(tokenizer: Tokenizer) -> None:
+    special = min(tokenizer.special_token_ids)
+    ids = [*tokenizer.encode("a", add_special_tokens=False), special]
+    assert TextStream(tokenizer).push(ids, "length").text == "a"
+    shown = TextStream(tokenizer, skip_special_tokens=False).push(ids, "length").text
+    assert shown == tokenizer.decode(ids, skip_special_tokens=False) != "a"

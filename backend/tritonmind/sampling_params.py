@@ -6,7 +6,6 @@ from the neutral default, and clamps `max_tokens` to what the context has left.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ MAX_ANSWERS = 128  # as OpenAI's API
 MAX_BIAS = 100
 MAX_SEED = 2**64 - 1
 MAX_OPENAI_PENALTY = 2
+MAX_REPETITION_PENALTY = 100
+MAX_TEMPERATURE = 1000
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
@@ -32,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     max_tokens, min_tokens: tokens to generate at most and, before the answer may end by a token, at least.
     temperature: 0 is greedy. top_k: 0 keeps all. top_p: in (0, 1]. min_p: in [0, 1], drops tokens less likely than this
-    share of the likeliest. repetition_penalty: above 0, on tokens of prompt and answer (CTRL, Keskar et al. 2019).
+    share of the likeliest. repetition_penalty: 0.01 to 100, on tokens of prompt and answer (CTRL, Keskar et al. 2019).
     presence_penalty, frequency_penalty: -2 to 2, on tokens of the answer, once and each time (OpenAI's API).
     logit_bias: added to the logits of token ids, -100 to 100. bad_words: texts that must not come, also after a space.
     seed: unsigned 64 bit; the same seed gives the same text whatever else is in the batch.
@@ -72,9 +73,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequestError("max_tokens", self.max_tokens, "must be at least 1")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise InvalidRequestError("min_tokens", self.min_tokens, "must be at least 0 and at most max_tokens")
-        if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if self.temperature is not None and not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise InvalidRequestError(
-                "temperature", self.temperature, "must be a finite number of at least 0 (0 is greedy)"
+                "temperature", self.temperature, f"must be 0 (the likeliest token) to {MAX_TEMPERATURE}"
             )
         if self.top_k is not None and self.top_k < 0:
             raise InvalidRequestError("top_k", self.top_k, "must be 0 (all tokens) or positive")
@@ -83,10 +84,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InvalidRequestError("min_p", self.min_p, "must be at least 0 (keep all) and at most 1")
         if self.repetition_penalty is not None and not (
-            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
+            1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY
         ):
             raise InvalidRequestError(
-                "repetition_penalty", self.repetition_penalty, "must be a finite number above 0 (1 is neutral)"
+                "repetition_penalty",
+                self.repetition_penalty,
+                f"must be {1 / MAX_REPETITION_PENALTY} to {MAX_REPETITION_PENALTY} (1 is neutral)",
             )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)

@@ -171,10 +171,10 @@ class RequestServer:
         session, request_id = live.request.session, live.request.request_id
         targets: list[LiveRequest] = []
         if session is None:
-            live.choices[0].answer = Answer(finish_reason="stop", stop_reason=f"request {request_id!r}: cancelled")
+            live.choices[0].answer = Answer(finish_reason="stop", stop_reason=f"request {request_id[:80]!r}: cancelled")
             targets = self._await(live, lambda other: other.request.request_id == request_id)
             if not targets:
-                raise NotFoundError(f"no live request has the id {request_id!r}")
+                raise NotFoundError(f"no live request has the id {request_id[:80]!r}")
         elif session.stop:
             turn = self._sessions.stop(session.session_id, forget=session.end)
             live.choices[0].answer = Answer(
@@ -224,10 +224,11 @@ class RequestServer:
             live.prompt_token_ids = token_ids
             echo = text if live.request.echo else ""
             requests = siblings(first, params.n)
+            stream = text_stream(self._tokenizer, params)
             live.choices = [
                 Choice(
                     request.request_id,
-                    text_stream(self._tokenizer, params),
+                    stream.sibling(),
                     Answer(text=echo, num_input_tokens=len(token_ids)),
                 )
                 for request in requests

@@ -5,6 +5,7 @@ Text that may be the beginning of a stop string is held back until that is decid
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ class StopMatcher:
             self._insert(stop)
         self._link()
         self._state = 0
+
+    def fresh(self) -> StopMatcher:
+        """One for another text, which shares the tables: they are built once however many answers there are."""
+        matcher = copy.copy(self)
+        matcher._state = 0
+        return matcher
 
     @property
     def held(self) -> int:
@@ -104,11 +111,21 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
         self._include_stop = include_stop
         self._matcher = StopMatcher(stop) if stop else None
         self._pending = ""
         self.finished = False
+
+    def sibling(self) -> TextStream:
+        """The stream of another answer to the same request."""
+        other = TextStream(
+            self._tokenizer, include_stop=self._include_stop, skip_special_tokens=self._skip_special_tokens
+        )
+        other._matcher = None if self._matcher is None else self._matcher.fresh()
+        return other
 
     def push(
         self,
