@@ -102,7 +102,7 @@ def test_an_engine_that_died_is_started_again(models: dict[str, Path]) -> None:
     [
         (["nowhere"], "nowhere does not exist: give a workspace, the directory of a downloaded checkpoint or a .gguf"),
         (["one", "two"], "one PATH is expected, not 2: one two"),
-        (["nowhere", "--temperature", "-1"], "temperature=-1.0 is invalid: must be a finite number of at least 0"),
+        (["nowhere", "--temperature", "-1"], "temperature=-1.0 is invalid: must be 0 (the likeliest token) to 1000"),
     ],
 )
 def test_what_cannot_start_says_why(arguments: list[str], problem: str) -> None:

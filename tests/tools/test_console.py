@@ -120,7 +120,7 @@ def test_sampling_options_are_those_of_sampling_params() -> None:
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
-        ("/set temperature -1", "temperature=-1.0 is invalid: must be a finite number of at least 0"),
+        ("/set temperature -1", "temperature=-1.0 is invalid: must be 0 (the likeliest token) to 1000"),
         ("/set top_k much", "top_k='much' is invalid: Expected `int | null`"),
         ("/set warmth 1", "name='warmth' is invalid: unknown option; known are max_tokens, "),
         ("/set warmth", "name='warmth' is invalid: unknown option"),
