@@ -27,6 +27,7 @@ class Step(NamedTuple):
     num_tokens: int
     num_samples: int
     max_query_len: int
+    max_context_len: int
     greedy: bool
 
 
@@ -93,6 +94,7 @@ class InputBuilder:
             num_tokens=num_tokens,
             num_samples=num_samples,
             max_query_len=int(query_lens[num_decodes:].max(initial=0)),
+            max_context_len=int(contexts.max()),
             greedy=self.sampler.all_greedy(slots[samples]),
         )
 
@@ -117,6 +119,7 @@ class InputBuilder:
             num_tokens=num_tokens,
             num_samples=num_seqs,
             max_query_len=max(prefill_lens, default=0),
+            max_context_len=max(prefill_lens, default=1),
             greedy=True,
         )
 
@@ -125,6 +128,9 @@ class InputBuilder:
         head, num_decodes = self._head, step.num_decodes
         num_seqs = num_decodes + step.num_prefills
         tables = self._block_tables.index_select(0, head.seq_slots[:num_seqs])
+        if not tables.is_cuda:
+            # The CPU's attention works through all columns; on a GPU their number chooses a variant, and stays.
+            tables = tables[:, : -(-step.max_context_len // self._block_size)]
         return ModelInputs(
             token_ids=self._tokens.token_ids[: step.num_tokens],
             positions=self._tokens.positions[: step.num_tokens],
