@@ -45,11 +45,11 @@ class TritonClient:
     """One connection to a served model, one answer at a time.
 
     Raises ConfigError for a malformed address, UnavailableError naming the address when nothing answers there or the
-    model is not ready. error_status: have the server turn the error of an answer into a gRPC status. Left off because
-    tritonserver 2.51 crashes, about every other time, when an answer that has begun ends like that.
+    model is not ready. Errors of answers come inside the stream: tritonserver 2.51 may crash where a client has it turn
+    them into gRPC statuses (header triton_grpc_error).
     """
 
-    def __init__(self, address: str, *, model: str = MODEL_NAME, error_status: bool = False) -> None:
+    def __init__(self, address: str, *, model: str = MODEL_NAME) -> None:
         from tritonclient import grpc
         from tritonclient.utils import InferenceServerException
 
@@ -63,7 +63,6 @@ class TritonClient:
             ) from None
         self.address = address
         self._model = model
-        self._headers = {"triton_grpc_error": "true"} if error_status else None
         self._client = grpc.InferenceServerClient(address)
         self._cancelled = threading.Event()
         self._events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
@@ -103,7 +102,7 @@ class TritonClient:
         inputs = _inputs(text, messages, input_ids, stream, options or {})
         self._cancelled.clear()
         events = self._events = queue.SimpleQueue()
-        self._client.start_stream(lambda result, error: events.put((result, error)), headers=self._headers)
+        self._client.start_stream(lambda result, error: events.put((result, error)))
         finished = False
         try:
             # When the stream is broken already, its error is among the events.
