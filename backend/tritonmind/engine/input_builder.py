@@ -109,9 +109,10 @@ class InputBuilder:
         head.logits_rows[:num_seqs] = 0
         num_tokens = num_decodes + sum(prefill_lens)
         tail = self._staging.plan_tail(num_tokens, 1)
-        for part in self._staging.host_tail(tail):
+        parts = self._staging.host_tail(tail)
+        for part in parts:
             part.fill(0)
-        self._staging.host_tail(tail)[1].fill(-1)  # positions
+        parts[1].fill(-1)  # positions
         self._send(tail)
         return Step(
             num_decodes=num_decodes,

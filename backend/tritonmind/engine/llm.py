@@ -109,9 +109,10 @@ class LLM:
         try:
             for prompt in prompts:
                 first = self._request(prompt, params)
+                stream = text_stream(self.tokenizer, params)
                 for request in siblings(first, params.n):
                     self.engine.submit(request, outputs.put)
-                    answers[request.request_id] = _Answer(request, text_stream(self.tokenizer, params))
+                    answers[request.request_id] = _Answer(request, stream.sibling())
             while not all(answer.stream.finished for answer in answers.values()):
                 output = outputs.get()
                 answer = answers[output.request_id]

@@ -14,8 +14,6 @@ from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import Sequence
 
-SEED_MASK = (1 << 64) - 1
-
 
 class Sampler:
     """Sampling state of `max_num_seqs` slots. Token counts are set up when a sequence with a penalty enters a slot."""
@@ -25,7 +23,7 @@ class Sampler:
         self._vocab_size = vocab_size
         # Rows in the order of SamplingState; int32 values in the same words as the fp32 ones.
         self._host_words = np.zeros(head.params.shape, dtype=np.int32)
-        self._host_seeds = np.zeros(max_num_seqs, dtype=np.int64)
+        self._host_seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self._greedy = np.ones(max_num_seqs, dtype=bool)
         as_float = head.params.view(torch.float32)
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -69,7 +67,7 @@ class Sampler:
         floats[4, slot] = request.repetition_penalty
         floats[5, slot] = request.presence_penalty
         floats[6, slot] = request.frequency_penalty
-        self._host_seeds[slot] = _signed(request.seed)
+        self._host_seeds[slot] = request.seed
         self._greedy[slot] = is_plain_greedy(request)
         if request.has_penalty:
             self._count_tokens(seq)
@@ -77,7 +75,7 @@ class Sampler:
     def stage(self, head: HostHead) -> None:
         """Write the options of all slots into a step's inputs."""
         head.params[:] = self._host_words
-        head.seeds[:] = self._host_seeds
+        head.seeds[:] = self._host_seeds.view(np.int64)
 
     def all_greedy(self, slots: np.ndarray) -> bool:
         """Whether each of these slots takes the largest logit and nothing else."""
@@ -113,9 +111,3 @@ class Sampler:
 def is_plain_greedy(request: EngineRequest) -> bool:
     """Whether the request always takes the largest logit as the model computed it."""
     return request.temperature == 0 and not request.has_penalty
-
-
-def _signed(seed: int) -> int:
-    """The int64 of an unsigned 64-bit seed's bits."""
-    seed &= SEED_MASK
-    return seed - (1 << 64) if seed >> 63 else seed
