@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from tests.model_configs import LLAMA_2_7B
+from tritonmind.config import CacheConfig, EngineConfig, SchedulerConfig
 from tritonmind.engine import device
 from tritonmind.errors import ConfigError
 
@@ -26,23 +27,7 @@ TOO_OLD = (
     "and installing a new version"
 )
 # 7 B parameters: 32 layers of 202 M linear weights, two vocabularies of 131 M.
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    model_name="seven",
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    intermediate_size=11008,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=4096,
-    weight_type="fp16",
-    bos_token_id=1,
-    eos_token_ids=(2,),
-)
+MODEL = dataclasses.replace(LLAMA_2_7B, model_name="seven")
 CONFIG = EngineConfig(model=MODEL, cache=CacheConfig(), scheduler=SchedulerConfig(max_model_len=4096))
 NUM_LINEAR = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 NUM_REST = 2 * 32000 * 4096 + 65 * 4096

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.model_configs import LLAMA_2_7B
 from tests.workspaces import tiny_workspace
 
-from tritonmind.config import ModelConfig
 from tritonmind_tools.bench import kernel_cases, machine
 from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
@@ -79,25 +79,6 @@ def test_commands_of_the_gpu_page_are_understood() -> None:
 def test_batch_sizes_must_be_positive_numbers(tmp_path: Path, sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "static", str(tmp_path), f"--batch-sizes={sizes}"]) == 1
     assert f"--batch-sizes={sizes!r}" in capsys.readouterr().err
-
-
-LLAMA_2_7B = ModelConfig(
-    architecture="LlamaForCausalLM",
-    model_name="llama2",
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    intermediate_size=11008,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=4096,
-    weight_type="fp16",
-    bos_token_id=1,
-    eos_token_ids=(2,),
-)
 
 
 def test_step_bytes_of_llama_2_7b() -> None:
