@@ -1,0 +1,130 @@
+"""Which kernels have tiles to choose, by which sizes, and what they get on a card that nobody has tuned.
+
+A tile is all that a launch compiles with beside the model's sizes. To give a kernel tiles, add its line to KERNELS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+UNLIMITED = 1 << 62
+MIN_ROWS = 16  # of the smallest tile that the tensor cores take
+# Capabilities whose programs may have 99 KB of shared memory; the others have at least 163 KB.
+SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+
+
+class Card(NamedTuple):
+    """What a choice may depend on. name: as the driver says it. capability: (8, 0) and newer."""
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+
+
+class Tile(NamedTuple):
+    """Launch settings; which of them a kernel has stands in KERNELS.
+
+    block_m: rows (tokens, queries) of a program. block_n: output columns, or KV tokens, at a time. block_k: of the
+    reduced dimension at a time. splits: programs that share a reduction. prefetch: tiles of the weight that are fetched
+    before the kernel before has ended. library: the library's product instead.
+    """
+
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    splits: int = 1
+    prefetch: int = 0
+    programs_per_sm: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    library: bool = False
+
+
+class Step(NamedTuple):
+    """The tile for up to `max_rows` rows."""
+
+    max_rows: int
+    tile: Tile
+
+
+Sizes = Mapping[str, int]
+Ladder = tuple[Step, ...]  # max_rows rising
+
+LIBRARY = Tile(library=True)
+
+
+class Kernel(NamedTuple):
+    """sizes: must match exactly. fields: of Tile, that a file must give. has_library: `library` may stand for them.
+
+    default: a ladder that compiles on every card and ends at UNLIMITED.
+    """
+
+    sizes: tuple[str, ...]
+    fields: tuple[str, ...]
+    has_library: bool
+    default: Callable[[Card, Sizes], Ladder]
+
+
+def _linear(card: Card, sizes: Sizes) -> Ladder:
+    """Shared reductions where the output has too few tiles to fill the card, which is where the library is slow."""
+    block_n, block_k = 64, 64
+    num_tiles = sizes["n"] // block_n
+    if sizes["n"] % block_n or sizes["k"] % block_k or num_tiles >= 2 * card.num_sms:
+        return (Step(UNLIMITED, LIBRARY),)
+    wanted = min(4 * card.num_sms // num_tiles, sizes["k"] // (4 * block_k), 8)
+    splits = 1 << (max(wanted, 1).bit_length() - 1)
+    steps = [
+        Step(rows, Tile(rows, block_n, block_k, splits=splits, prefetch=2, num_warps=4, num_stages=4))
+        for rows in (16, 32)
+    ]
+    return (*steps, Step(UNLIMITED, LIBRARY))
+
+
+def _gate_up(card: Card, sizes: Sizes) -> Ladder:
+    """Its output has tiles enough for any card, and the library is as fast on those."""
+    return (Step(UNLIMITED, LIBRARY),)
+
+
+def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
+    tile = Tile(block_n=_tile_tokens(sizes), programs_per_sm=4, num_warps=2, num_stages=_attention_stages(sizes))
+    return (Step(UNLIMITED, tile),)
+
+
+def _prefill_attention(card: Card, sizes: Sizes) -> Ladder:
+    """As few query rows as hold the longest run, within what registers allow."""
+    block_n, stages = _tile_tokens(sizes), _attention_stages(sizes)
+    small = Step(MIN_ROWS, Tile(block_m=MIN_ROWS, block_n=block_n, num_warps=4, num_stages=stages))
+    if sizes["itemsize"] == 4:
+        return small, Step(UNLIMITED, Tile(block_m=32, block_n=block_n, num_warps=4, num_stages=stages))
+    if card.capability in SMALL_SHARED_MEMORY:
+        stages = 2
+    return (
+        small,
+        Step(64, Tile(block_m=64, block_n=block_n, num_warps=4, num_stages=stages)),
+        Step(UNLIMITED, Tile(block_m=128, block_n=block_n, num_warps=8, num_stages=stages)),
+    )
+
+
+def _tile_tokens(sizes: Sizes) -> int:
+    """A page or an even part of it. fp32 has no tensor cores: ptxas takes minutes over its large tiles."""
+    return min(sizes["block_size"], 32 if sizes["itemsize"] == 4 else 64)
+
+
+def _attention_stages(sizes: Sizes) -> int:
+    return 2 if sizes["itemsize"] == 4 else 3
+
+
+# itemsize: bytes of an element of the KV cache.
+_ATTENTION_SIZES = ("head_dim", "group", "block_size", "itemsize")
+_PRODUCT_FIELDS = ("block_m", "block_n", "block_k", "prefetch", "num_warps", "num_stages")
+KERNELS = {
+    "linear": Kernel(("n", "k"), (*_PRODUCT_FIELDS, "splits"), True, _linear),
+    "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, True, _gate_up),
+    "decode_attention": Kernel(
+        _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), False, _decode_attention
+    ),
+    "prefill_attention": Kernel(
+        _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), False, _prefill_attention
+    ),
+}

@@ -1,0 +1,178 @@
+"""The tile of a launch, by card, sizes and rows: from a file that `tritonmind bench tune` wrote, else by rule.
+
+The file of a card is `<its name, spaces to dashes>.json` in the directory that TRITONMIND_TILE_CONFIGS names, if any,
+or among those of the package; the first that lists a kernel at a size has the word. Of its entries there, rows take
+the one with the smallest max_rows that holds them; more rows than the largest take the rule of tile_table.py:
+
+    {"card": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "kernels": {"linear": [
+        {"n": 4096, "k": 4096, "max_rows": 16, "block_m": 16, "block_n": 64, "block_k": 128, "splits": 4,
+         "prefetch": 2, "num_warps": 4, "num_stages": 4},
+        {"n": 4096, "k": 4096, "max_rows": 256, "library": true}]}}
+
+A file is read once; a launch looks up a dictionary. Nothing depends on the time or on what was launched before.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonmind.kernels.tile_table import KERNELS, UNLIMITED, Card, Kernel, Ladder, Step, Tile
+
+VARIABLE = "TRITONMIND_TILE_CONFIGS"
+SHIPPED = Path(__file__).parent / "configs"
+MAX_WARPS = 16
+MINIMA = {"block_m": 8, "block_n": 16, "block_k": 16, "prefetch": 0}  # others: 1
+MAX_REMEMBERED = 1 << 16  # answers of `tile`: products of a model times the numbers of rows that steps may have
+# No card: what the interpreter and the CPU's twins are given.
+CPU = Card("cpu", (8, 0), 1)
+
+# Steps of a kernel by its sizes, in the order of Kernel.sizes.
+Entries = dict[str, dict[tuple[int, ...], Ladder]]
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def tile(kernel: str, device: torch.device, /, *, rows: int, **sizes: int) -> Tile:
+    """The launch settings of `kernel` for `rows` rows at `sizes`, which are those that KERNELS names for it.
+
+    Raises ValueError naming file, kernel and field when the card's file is wrong.
+    """
+    for max_rows, found in ladder(kernel, card(device), tuple(map(sizes.__getitem__, KERNELS[kernel].sizes))):
+        if rows <= max_rows:
+            return found
+    raise AssertionError(f"{kernel} has no tile for {rows} rows")
+
+
+def variants(kernel: str, device: torch.device, /, *, max_rows: int, **sizes: int) -> list[tuple[int, Tile]]:
+    """Every tile that `tile` picks for 1 to `max_rows` rows, each with the most rows that get it: a warm-up's list."""
+    most: dict[Tile, int] = {}
+    before = 0
+    for step in ladder(kernel, card(device), tuple(map(sizes.__getitem__, KERNELS[kernel].sizes))):
+        if before < max_rows:
+            most[step.tile] = min(step.max_rows, max_rows)
+        before = step.max_rows
+    return sorted(((rows, found) for found, rows in most.items()), reverse=True)
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """The card behind `device`."""
+    if device.type != "cuda":
+        return CPU
+    facts = torch.cuda.get_device_properties(device)
+    return Card(facts.name, (facts.major, facts.minor), facts.multi_processor_count)
+
+
+@functools.cache
+def ladder(kernel: str, card: Card, sizes: tuple[int, ...]) -> Ladder:
+    """The steps for all numbers of rows; the last one is UNLIMITED. sizes: in the order of Kernel.sizes."""
+    spec = KERNELS[kernel]
+    listed: Ladder = ()
+    for directory in _directories():
+        listed = _entries(directory / file_name(card.name), card.name).get(kernel, {}).get(sizes, ())
+        if listed:
+            break
+    end = listed[-1].max_rows if listed else 0
+    default = spec.default(card, dict(zip(spec.sizes, sizes, strict=True)))
+    assert default[-1].max_rows == UNLIMITED, f"the rule for {kernel} ends at {default[-1].max_rows} rows"
+    return (*listed, *(step for step in default if step.max_rows > end))
+
+
+def file_name(card_name: str) -> str:
+    """Of the file with the tiles of a card."""
+    return card_name.replace(" ", "-").replace("/", "-") + ".json"
+
+
+def _directories() -> list[Path]:
+    own = os.environ.get(VARIABLE)
+    if not own:
+        return [SHIPPED]
+    if not Path(own).is_dir():
+        raise ValueError(f"{VARIABLE}={own!r} is not a directory; name the one that holds <card>.json")
+    return [Path(own), SHIPPED]
+
+
+@functools.cache
+def _entries(path: Path, card_name: str) -> Entries:
+    """What a file lists; nothing when there is none, which is how most cards are."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        return parse(json.loads(text), card_name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct the file, or write it anew with tritonmind bench tune") from error
+
+
+def parse(content: Any, card_name: str) -> Entries:
+    """The entries of a file's content, checked. Raises ValueError naming kernel and field."""
+    _check_keys("the file", content, {"card", "triton", "kernels"})
+    for key in ("card", "triton"):
+        if not isinstance(content[key], str):
+            raise ValueError(f"{key}={content[key]!r} must be text")
+    if content["card"] != card_name:
+        raise ValueError(f"card={content['card']!r} must be {card_name!r}, for which the file is named")
+    if not isinstance(content["kernels"], dict):
+        raise ValueError(f"kernels={content['kernels']!r} must be an object")
+    found: Entries = {}
+    for name, entries in content["kernels"].items():
+        if name not in KERNELS:
+            raise ValueError(f"kernels has {name!r}, which is none of {', '.join(sorted(KERNELS))}")
+        if not isinstance(entries, list):
+            raise ValueError(f"{name}={entries!r} must be a list")
+        found[name] = _ladders(name, entries)
+    return found
+
+
+def _ladders(name: str, entries: list[Any]) -> dict[tuple[int, ...], Ladder]:
+    steps: dict[tuple[int, ...], dict[int, Tile]] = {}
+    for index, entry in enumerate(entries):
+        where = f"{name}[{index}]"
+        sizes, step = _step(where, KERNELS[name], entry)
+        if step.max_rows in steps.setdefault(sizes, {}):
+            raise ValueError(f"{where}: max_rows={step.max_rows} stands twice for the same sizes")
+        steps[sizes][step.max_rows] = step.tile
+    return {sizes: tuple(Step(rows, tiles[rows]) for rows in sorted(tiles)) for sizes, tiles in steps.items()}
+
+
+def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
+    library = spec.has_library and isinstance(entry, dict) and "library" in entry
+    fields = ("library",) if library else spec.fields
+    _check_keys(where, entry, {*spec.sizes, "max_rows", *fields})
+    for name, value in entry.items():
+        expected = _expected(name, value)
+        if expected:
+            raise ValueError(f"{where}: {name}={value!r} must be {expected}")
+    sizes = tuple(entry[name] for name in spec.sizes)
+    return sizes, Step(entry["max_rows"], Tile(**{name: entry[name] for name in fields}))
+
+
+def _expected(name: str, value: Any) -> str | None:
+    """What the field should hold instead of `value`, None where it is right."""
+    if name == "library":
+        return None if value is True else "true, or left out"
+    least = MINIMA.get(name, 1)
+    if type(value) is not int or value < least:
+        return f"a whole number of at least {least}"
+    if (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+        return "a power of two"
+    if name == "num_warps" and value > MAX_WARPS:
+        return f"at most {MAX_WARPS}"
+    return None
+
+
+def _check_keys(where: str, given: Any, expected: set[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}={given!r} must be an object")
+    unknown, missing = sorted(set(given) - expected), sorted(expected - set(given))
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]!r} is none of {', '.join(sorted(expected))}")
+    if missing:
+        raise ValueError(f"{where}: {missing[0]!r} is missing")
