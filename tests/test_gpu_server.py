@@ -24,7 +24,6 @@ from tests.server_fixture import assert_accounts, running
 from tests.soak_client import FIRST_PLAIN_TOKEN_ID, Outcome, Plan, Probe
 from tests.workspaces import convert
 from tritonmind.workspace import Workspace
-from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.triton_client import TritonClient
 
 SOAK_SECONDS = float(os.environ.get("TRITONMIND_SOAK_SECONDS", "20"))
@@ -58,7 +57,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
         from tritonmind_tools.bench import random_checkpoint
 
         checkpoint = directory / "checkpoint"
-        random_checkpoint.write(SHAPES["llama-150m"], checkpoint)
+        random_checkpoint.write("llama-150m", checkpoint)
         convert(checkpoint, workspace, model_name="llama2")
     vocab_size = Workspace.open(workspace).model.vocab_size
     probes = [

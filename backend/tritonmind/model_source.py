@@ -1,4 +1,4 @@
-"""What a model is read from: a workspace that `convert` wrote, or a checkpoint as it stands."""
+"""What a model is read from: a workspace that `convert` wrote, a checkpoint as it stands, or nothing but a shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tritonmind.checkpoints.reading import AUTO
 from tritonmind.checkpoints.source import CONFIG
 from tritonmind.config import EngineConfig, ModelConfig
 from tritonmind.errors import WorkspaceError
+from tritonmind.random_model import PREFIX, RandomModel
 from tritonmind.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class ModelSource(Protocol):
 
 
 def open_model(path: str | os.PathLike[str], *, dtype: object = AUTO) -> ModelSource:
-    """The workspace or the checkpoint at `path`.
+    """The workspace or the checkpoint at `path`, or, for `random:SHAPE`, random weights of that shape.
 
     dtype: the type that the engine was asked to compute in. A checkpoint's weights are rounded to it and to nothing
     else; for auto they get the type that `convert` stores. A workspace's are what they are. Raises WorkspaceError,
     CheckpointError or ConfigError.
     """
+    if str(path).startswith(PREFIX):
+        return RandomModel(str(path), weight_type=str(dtype))
     given = Path(path)
     if not given.exists():
         raise WorkspaceError(

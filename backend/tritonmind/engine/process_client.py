@@ -43,7 +43,7 @@ class ProcessEngineClient(EngineClient):
         self._encoder = msgspec.msgpack.Encoder()
         self._closing = threading.Event()
         setup: dict[str, object] = {
-            "model": str(Path(model_path).resolve()),
+            "model": os.fspath(model_path),
             "overrides": dict(overrides),
             **addresses,
         }

@@ -32,13 +32,13 @@ class WeightStream:
         self._ring = _PinnedRing(device, buffer_bytes, num_buffers) if device.type == "cuda" else None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy `source`, on the CPU, to `target`, on the device: one shape, any dtypes and strides.
+        """Copy `source`, on the CPU or already on the device, to `target` there: one shape, any dtypes and strides.
 
-        `source` has been read when this returns; `target` is complete when the context ends.
+        The host's `source` has been read when this returns; `target` is complete when the context ends.
         """
         assert target.shape == source.shape, f"{tuple(source.shape)} does not fill {tuple(target.shape)}"
         self.num_bytes += source.nbytes
-        if self._ring is None:
+        if self._ring is None or source.device == target.device:
             target.copy_(source)
         else:
             self._ring.copy(target, source)
@@ -80,6 +80,7 @@ class _PinnedRing:
 
     def synchronize(self) -> None:
         """Wait on the host: the targets may then be used on any stream, and the buffers dropped."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._stream.synchronize()
 
 

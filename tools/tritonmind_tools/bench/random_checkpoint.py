@@ -1,86 +1,96 @@
 """A random-weight Llama checkpoint of a known model's shape, for measurements where real weights cannot be had.
 
 `python -m tritonmind_tools.bench.random_checkpoint llama-2-7b DIRECTORY` writes safetensors, config.json and a
-byte-level tokenizer, as `tritonmind convert` reads them.
+byte-level tokenizer, as `tritonmind convert` reads them. The weights are those of the model `random:llama-2-7b`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tritonmind_tools.bench.shapes import SHAPES, Shape
+from tritonmind.config import ModelConfig
+from tritonmind.random_model import SHAPES, RandomModel
 
-WEIGHT_STD = 0.02  # as Llama initialises
+# A layer's tensor, without rank and kind, and its names in a checkpoint of Transformers.
+LAYER_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "attention.w_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.wo": ("self_attn.o_proj",),
+    "feed_forward.w1": ("mlp.gate_proj",),
+    "feed_forward.w3": ("mlp.up_proj",),
+    "feed_forward.w2": ("mlp.down_proj",),
+}
+TOP_LEVEL_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
-def write(shape: Shape, directory: Path) -> None:
-    """Write the checkpoint in fp16, one safetensors file a layer."""
+def write(shape_name: str, directory: Path) -> None:
+    """Write the checkpoint in fp16, one safetensors file a layer and one of what comes before them."""
     directory.mkdir(parents=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
+    source = RandomModel(shape_name)
     weight_map: dict[str, str] = {}
-
-    def save(file: str, sizes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {}
-        for name, size in sizes.items():
-            value = torch.randn(size, generator=generator, device=device) * WEIGHT_STD
-            tensors[name] = (1 + value if len(size) == 1 else value).half().cpu()
-            weight_map[name] = file
+    for file, group in itertools.groupby(hf_tensors(source), key=lambda named: _file(named[0])):
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in group}
         save_file(tensors, directory / file, metadata={"format": "pt"})
-
-    hidden, inter = shape.hidden_size, shape.intermediate_size
-    kv_size = shape.head_dim * shape.num_kv_heads
-    save(
-        "common.safetensors",
-        {
-            "model.embed_tokens.weight": (shape.vocab_size, hidden),
-            "lm_head.weight": (shape.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
-        },
-    )
-    for layer in range(shape.num_layers):
-        sizes: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv_size, hidden),
-            "self_attn.v_proj": (kv_size, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
-        prefix = f"model.layers.{layer}"
-        save(f"layer-{layer:03}.safetensors", {f"{prefix}.{name}.weight": size for name, size in sizes.items()})
+        weight_map |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
+    (directory / "config.json").write_text(json.dumps(hf_config(source.model), indent=2))
     _write_tokenizer(directory)
 
 
-def _config(shape: Shape) -> dict[str, object]:
+def _file(name: str) -> str:
+    """Norms and what belongs to no layer come first, and the layers one after another."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(self_attn|mlp)\..+", name)
+    return f"layer-{int(match[1]):03}.safetensors" if match else "common.safetensors"
+
+
+def hf_tensors(source: RandomModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `source` under the names that a checkpoint of Transformers has for them."""
+    model = source.model
+    kv_size = model.num_kv_heads * model.head_dim
+    for name, tensor in source.tensors(rank=0):
+        if name in TOP_LEVEL_NAMES:
+            yield TOP_LEVEL_NAMES[name], tensor
+            continue
+        _, number, *path, kind = name.split(".")
+        hf_names = LAYER_NAMES[".".join(part for part in path if not part.isdigit())]
+        sizes = (tensor.shape[0] - 2 * kv_size, kv_size, kv_size) if len(hf_names) == 3 else (tensor.shape[0],)
+        for hf_name, part in zip(hf_names, tensor.split(sizes), strict=True):
+            yield f"model.layers.{number}.{hf_name}.{kind}", part
+
+
+def hf_config(model: ModelConfig) -> dict[str, object]:
+    """What a checkpoint's config.json says of `model`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "torch_dtype": "float16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_ids[0],
     }
 
 
@@ -102,7 +112,7 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
-    write(SHAPES[args.shape], args.directory)
+    write(args.shape, args.directory)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Models of known shapes with random weights, made while loading: for measurements, where no files can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from tritonmind.config import EngineConfig, ModelConfig, WeightType
+from tritonmind.config_ini import build_engine_config, new_settings
+from tritonmind.errors import ConfigError, WorkspaceError
+from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "random:"
+AUTO = "auto"
+WEIGHT_STD = 0.02  # as Llama initialises
+
+_TENSOR_PARALLEL_SIZE = 1
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def qkv_size(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+SHAPES = {
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
+    # No known model: enough layers and heads that a test on a card works it as it would a large one.
+    "llama-150m": Shape(768, 2048, 16, 12, 4, 32000, 4096),
+    # For trying a command out, on a CPU too.
+    "tiny": Shape(64, 96, 2, 4, 2, 320, 512),
+}
+
+
+class RandomModel:
+    """A model of a known shape, read like a Workspace. The same name and type give the same weights on one device.
+
+    weight_type: auto is fp16. Raises ConfigError for an unknown shape or a type that weights cannot be drawn in.
+    """
+
+    def __init__(self, name: str, *, weight_type: str = AUTO) -> None:
+        shape_name = name.removeprefix(PREFIX)
+        if shape_name not in SHAPES:
+            raise ConfigError(f"{name!r} names no known shape; there are {', '.join(PREFIX + key for key in SHAPES)}")
+        self.name = PREFIX + shape_name
+        self.model = _model_config(shape_name, "fp16" if weight_type == AUTO else weight_type)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """There is none: a WorkspaceError that says what has one."""
+        raise WorkspaceError(
+            f"{self.name} has no tokenizer: give token ids to its engine, or use a workspace or a checkpoint"
+        )
+
+    def engine_config(self, **overrides: Any) -> EngineConfig:
+        """The engine's configuration as a new workspace's, and `overrides`, which win: see Workspace.engine_config.
+
+        session_len may be more than max_position_embeddings: weights that nobody trained know no limit.
+        """
+        settings = new_settings(
+            session_len=self.model.max_position_embeddings, tensor_parallel_size=_TENSOR_PARALLEL_SIZE
+        )
+        return build_engine_config(self.model, settings, overrides, where=Path(self.name))
+
+    def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as tensor_layout lists them, drawn on the GPU where there is one, else on the CPU."""
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator(device).manual_seed(0)
+        specs = common_tensor_specs(self.model) | tensor_specs(self.model, _TENSOR_PARALLEL_SIZE, rank)
+        for name, spec in specs.items():
+            value = torch.empty(spec.shape, dtype=getattr(torch, _TORCH_NAMES[spec.dtype]), device=device)
+            yield name, value.normal_(1.0 if name.endswith("norm.weight") else 0.0, WEIGHT_STD, generator=generator)
+
+
+def _model_config(shape_name: str, weight_type: str) -> ModelConfig:
+    drawn = [kind for kind in get_args(WeightType) if kind != "int4"]
+    if weight_type not in drawn:
+        raise ConfigError(f"dtype={weight_type!r} is not one of {', '.join((AUTO, *drawn))}")
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        model_name=shape_name,
+        head_dim=SHAPES[shape_name].head_dim,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        weight_type=weight_type,  # type: ignore[arg-type]
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        **SHAPES[shape_name]._asdict(),
+    )

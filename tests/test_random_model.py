@@ -1,0 +1,89 @@
+"""`random:SHAPE`: weights without files, the same for our engine, a written checkpoint and Transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workspaces import convert
+from tritonmind.engine.launch import start_engine
+from tritonmind.errors import ConfigError, WorkspaceError
+from tritonmind.messages import EngineRequest
+from tritonmind.model_source import open_model
+from tritonmind.random_model import SHAPES, RandomModel
+from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+from tritonmind.workspace import Workspace
+from tritonmind_tools.bench import random_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("dtype", "drawn"), [("auto", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_tensors_are_those_of_the_layout(dtype: str, drawn: torch.dtype) -> None:
+    source = open_model("random:tiny", dtype=dtype)
+    specs = common_tensor_specs(source.model) | tensor_specs(source.model, 1, 0)
+    found = dict(source.tensors(rank=0))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: spec.shape for name, spec in specs.items()
+    }
+    assert {tensor.dtype for tensor in found.values()} == {drawn}
+    for name, tensor in found.items():
+        mean = 1.0 if "norm" in name else 0.0
+        assert tensor.float().mean().item() == pytest.approx(mean, abs=0.02), name
+        assert 0.01 < tensor.float().std().item() < 0.03, name
+    again = dict(open_model("random:tiny", dtype=dtype).tensors(rank=0))
+    assert all(torch.equal(tensor, again[name].to(tensor.device)) for name, tensor in found.items())
+
+
+def test_a_written_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
+    """Through the names of Transformers and `convert` back to ours."""
+    random_checkpoint.write("tiny", tmp_path / "checkpoint")
+    workspace = Workspace.open(convert(tmp_path / "checkpoint", tmp_path / "workspace"))
+    stored = dict(workspace.tensors(rank=0))
+    drawn = dict(RandomModel("tiny").tensors(rank=0))
+    assert stored.keys() == drawn.keys()
+    for name, tensor in drawn.items():
+        assert torch.equal(stored[name], tensor.cpu()), name
+
+
+def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, from any folder, with sessions longer than its positions."""
+    monkeypatch.chdir(tmp_path)
+    session_len = SHAPES["tiny"].max_position_embeddings + 100
+    overrides: dict[str, object] = {"session_len": session_len, "cache_max_entry_count": 16, "num_threads": 1}
+    client = start_engine("random:tiny", overrides)
+    try:
+        assert client.info.vocab_size == SHAPES["tiny"].vocab_size
+        request = EngineRequest(
+            request_id=1, prompt_token_ids=[5] * (session_len - 4), max_tokens=4, temperature=0.0, top_k=0, top_p=1.0,
+            seed=0, stop_token_ids=[],
+        )  # fmt: skip
+        assert sum(len(output.token_ids) for output in client.stream(request)) == 4
+    finally:
+        client.shutdown()
+
+
+def test_what_it_cannot_be_is_named() -> None:
+    with pytest.raises(ConfigError, match="'random:llama-9' names no known shape; there are random:llama-2-7b, "):
+        open_model("random:llama-9")
+    with pytest.raises(ConfigError, match="dtype='fp8' is not one of auto, fp16, bf16, fp32"):
+        open_model("random:tiny", dtype="fp8")
+    with pytest.raises(WorkspaceError, match="random:tiny has no tokenizer"):
+        _ = open_model("random:tiny").tokenizer_dir
+    with pytest.raises(ConfigError, match="max_batch_size=0"):
+        open_model("random:tiny").engine_config(max_num_seqs=0)
+
+
+@pytest.mark.gpu
+def test_weights_drawn_on_the_card_arrive_there() -> None:
+    """Without a way over the host, on the stream that the model is used on."""
+    from tritonmind.models.weight_loader import load_model
+
+    device = torch.device("cuda")
+    source = RandomModel("llama-150m")
+    model = load_model(source.model, source.tensors(0), max_model_len=128, dtype=torch.float16, device=device)
+    drawn = dict(source.tensors(0))
+    assert torch.equal(model.tok_embeddings, drawn["tok_embeddings.weight"])
+    assert torch.equal(model.layers[3].w13.weight.chunk(2)[1], drawn["layers.3.feed_forward.w3.0.weight"])
