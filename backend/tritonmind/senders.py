@@ -11,8 +11,11 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from tritonmind.errors import CancelledError, TritonmindError, UnavailableError
 from tritonmind.live_request import Answer, Choice, Lane, LiveRequest, Responder
@@ -82,8 +85,7 @@ class Senders:
         if live.failure is not None:
             self._end(live, live.failure)
             return
-        while live.inbox:
-            output = live.inbox.popleft()
+        for output in _drain(live.inbox):
             choice = live.choice(output.request_id)
             answer = choice.answer
             if answer.finish_reason is not None:
@@ -99,20 +101,20 @@ class Senders:
             answer.token_ids += delta.token_ids
             answer.num_output_tokens += delta.num_tokens
             self._add_logprobs(live, answer, delta, output)
-            answer.num_cached_tokens = output.num_cached_tokens
+            answer.num_cached_tokens = max(answer.num_cached_tokens, output.num_cached_tokens)
             answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
             if delta.finish_reason is not None and output.finish_reason is None:
                 live.abort_choices([choice])  # a stop string: the engine does not know
         answers = [choice.answer for choice in live.choices]
-        if all(answer.finish_reason is not None for answer in answers):
+        if None not in [answer.finish_reason for answer in answers]:
             self._close_turn(live)
-            self._metrics.count("generated_tokens", sum(answer.num_output_tokens for answer in answers))
+            self._metrics.count("generated_tokens", sum([answer.num_output_tokens for answer in answers]))
             live.responder.send(answers, final=True)
             self._end(live, None)
-        elif live.request.stream and any(answer.text and answer.num_output_tokens for answer in answers):
+        elif live.request.stream and any([answer.text and answer.num_output_tokens for answer in answers]):
             for choice in live.choices:
                 choice.answer = choice.answer.rest()
-            self._metrics.count("generated_tokens", sum(answer.num_output_tokens for answer in answers))
+            self._metrics.count("generated_tokens", sum([answer.num_output_tokens for answer in answers]))
             live.responder.send(answers, final=False)
 
     def _add_logprobs(self, live: LiveRequest, answer: Answer, delta: TextDelta, output: TokenOutput) -> None:
@@ -194,6 +196,27 @@ def _send_error(responder: Responder, error: TritonmindError) -> bool:
             log.error("a request could not be ended: %r", cause)
             time.sleep(FINISH_RETRY_DELAY_S)
     return False
+
+
+def _drain(inbox: deque[TokenOutput]) -> list[TokenOutput]:
+    """Everything that is pending, one output for each answer: the tokens of several steps as if they were of one."""
+    pending: dict[int, list[TokenOutput]] = {}
+    while inbox:
+        output = inbox.popleft()
+        pending.setdefault(output.request_id, []).append(output)
+    return [outputs[0] if len(outputs) == 1 else _joined(outputs) for outputs in pending.values()]
+
+
+def _joined(outputs: list[TokenOutput]) -> TokenOutput:
+    """Consecutive outputs of one answer as one. Only the last of them can end it, only the first has the prompt's."""
+    with_logprobs = outputs[0].logprobs is not None
+    return msgspec.structs.replace(
+        outputs[-1],
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        logprobs=[logprob for output in outputs for logprob in output.logprobs or ()] if with_logprobs else None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+    )
 
 
 def _take(live: LiveRequest, choice: Choice, output: TokenOutput) -> TextDelta:

@@ -145,9 +145,11 @@ class TextStream:
         parts: list[str] = []
         num_tokens, reason, stop = len(token_ids), finished, str(stop_token_id) if ended_by_id else None
         found: str | None = None
-        for count, token_id in enumerate(token_ids, start=1):
-            if ended_by_id and count == len(token_ids) and not self._include_stop:
-                break
+        shown = token_ids[:-1] if ended_by_id and not self._include_stop else token_ids
+        if self._matcher is None:
+            parts.append(self._detokenizer.push_all(shown))
+            shown = ()
+        for count, token_id in enumerate(shown, start=1):
             text, found = self._scan(self._detokenizer.push(token_id))
             parts.append(text)
             if found is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -106,16 +106,21 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters that became complete with this token. Ids outside the vocabulary have no text."""
+        return self.push_all((token_id,))
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        """The characters that became complete with these tokens, at less cost than one by one."""
         tokenizer = self._tokenizer
-        if self._skip_special_tokens and token_id in tokenizer.special_token_ids:
+        hidden: Container[int] = tokenizer.special_token_ids if self._skip_special_tokens else ()
+        pieces = [piece for i in token_ids if i not in hidden and (piece := tokenizer.token_bytes(i))]
+        if not pieces:
             return ""
-        piece = tokenizer.token_bytes(token_id)
-        if not piece:
-            return ""
-        if self._started and tokenizer.decoder.separator:
-            piece = tokenizer.decoder.separator.encode() + piece
+        separator = tokenizer.decoder.separator.encode()
+        if self._started and separator:
+            pieces.insert(0, b"")
         self._started = True
-        return self._strip(self._utf8.decode(piece))
+        text = self._utf8.decode(separator.join(pieces))
+        return self._strip(text) if self._to_strip else text
 
     def flush(self) -> str:
         """What was held back, as U+FFFD. Call it once, after the last token."""
@@ -238,7 +243,7 @@ class Tokenizer:
         throw away the valid characters beside it.
         """
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
-        return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
+        return detokenizer.push_all(ids) + detokenizer.flush()
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
