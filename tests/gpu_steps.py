@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 
+from tritonmind.engine.decode_batch import NO_BLOCK, DecodeRows
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.messages import EngineRequest
@@ -44,7 +46,23 @@ def sequences(lengths: list[int], num_blocks: int, *, block_size: int = 64, **op
 
 def decode(seqs: list[Sequence]) -> SchedulerOutput:
     """Compute the last token of each and sample."""
-    return SchedulerOutput([ScheduledSequence(seq, len(seq.token_ids) - 1, 1, True) for seq in seqs], [])
+    num_rows = len(seqs)
+    rows = DecodeRows(
+        seqs=seqs,
+        request_ids=[seq.request_id for seq in seqs],
+        slots=np.array([seq.slot for seq in seqs], dtype=np.int32),
+        starts=np.array([len(seq.token_ids) - 1 for seq in seqs], dtype=np.int32),
+        token_ids=np.array([seq.token_ids[-1] for seq in seqs], dtype=np.int32),
+        new_blocks=np.full(num_rows, NO_BLOCK, dtype=np.int32),
+        fresh=list(range(num_rows)),
+        ending=[],
+    )
+    return SchedulerOutput(rows, [])
+
+
+def prefills(items: list[ScheduledSequence]) -> SchedulerOutput:
+    """A step of chunks only."""
+    return SchedulerOutput(decode([]).decodes, items)
 
 
 def prefill(seqs: list[Sequence], chunk: int) -> list[ScheduledSequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -75,7 +76,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request. The one with a finish_reason is the last for its request.
 
-    num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache.
+    num_prompt_tokens: of the request. num_cached_tokens: those whose K and V came from the prefix cache. The first and
+    the last output say both; between, where there is nothing to say but a token, they are 0.
     stop_token_id: the id that ended it, which is the last of token_ids. error: set with finish_reason "error".
     queue_time_s: from the engine's taking the request to its first admission; set with the first token.
     logprobs: one for each of token_ids, if the request asked for them. prompt_logprobs: one for each token of the
@@ -98,6 +100,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine. Blocks: num_free + num_cached + num_used == num_blocks (cached ones are reusable).
 
     num_jit_compiles: kernels compiled since the engine was ready, each a stall; a warm-up was incomplete if not 0.
+    step_cpu_s: CPU time of the engine's thread in its steps, without waiting for the device.
     """
 
     num_running: int
@@ -113,6 +116,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     num_finished: int
     num_jit_compiles: int
+    step_cpu_s: float = 0.0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -131,9 +135,24 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All tokens of one engine step: one message a step, not one a request."""
+    """All tokens of one engine step: one message a step, not one a request.
 
-    outputs: list[TokenOutput]
+    Most requests have one new token and no more to say: those are request_ids and, as many, token_ids. The rest, among
+    them the first and the last output of each request, are in `outputs`.
+    """
+
+    request_ids: list[int] = []
+    token_ids: list[int] = []
+    outputs: list[TokenOutput] = []
+
+    def __len__(self) -> int:
+        return len(self.request_ids) + len(self.outputs)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        """Each request's output, one by one."""
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield TokenOutput(request_id=request_id, token_ids=[token_id])
+        yield from self.outputs
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):

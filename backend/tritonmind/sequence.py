@@ -6,6 +6,7 @@ How the counts relate, for a sequence whose known tokens are `token_ids`:
 
 `num_computed_tokens` counts tokens whose K and V are in the cache or will be by the steps in flight.
 `num_pending_tokens` counts tokens that steps in flight will sample: their number is known, their ids are not yet.
+While a sequence is in the decode batch (`row` >= 0) the batch counts for it: here the numbers are those of its joining.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "has_drawn",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
-        "num_pending_tokens",
         "num_prompt_tokens",
+        "num_tokens",
         "prompt_logprobs",
         "queue_time_s",
         "queued_at",
         "request",
+        "request_id",
+        "row",
         "slot",
         "status",
         "stop_token_ids",
@@ -48,19 +52,22 @@ class Sequence:
 
     def __init__(self, request: EngineRequest, arrival: int = 0) -> None:
         self.request = request
+        self.request_id = request.request_id
         self.arrival = arrival  # requests are numbered as they come
         self.queued_at = time.monotonic()
         self.queue_time_s: float | None = None  # set when first admitted
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
-        self.num_pending_tokens = 0
+        self.num_tokens = self.num_prompt_tokens  # those in flight included
         self.num_cached_tokens: int | None = None  # set when first admitted
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, extended as tokens become known
         self.num_committed_blocks = 0  # leading blocks already offered to the prefix cache
         self.admission = -1  # changes each time it is admitted: what the runner kept of an earlier time is stale
         self.slot = -1  # row of the runner's per-sequence state while RUNNING
+        self.row = -1  # row of the decode batch while it decodes
+        self.has_drawn = False  # since it was admitted: the device knows its last token
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_token_ids = frozenset(request.stop_token_ids)
@@ -69,14 +76,6 @@ class Sequence:
         )
 
     @property
-    def request_id(self) -> int:
-        return self.request.request_id
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids) + self.num_pending_tokens
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens generated so far, those in flight included."""
-        return self.num_tokens - self.num_prompt_tokens
+    def num_pending_tokens(self) -> int:
+        """Not of a sequence in the decode batch."""
+        return self.num_tokens - len(self.token_ids)

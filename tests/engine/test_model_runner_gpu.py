@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_llama_checkpoint
-from tests.gpu_steps import decode, fill_cache, prefill, sequences
+from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
 from tests.tolerances import assert_close
 from tests.workspaces import convert
 from tritonmind.engine.core import EngineCore
@@ -116,7 +116,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts
                 cache.k.copy_(k)
                 cache.v.copy_(v)
         is_prefill = item.num_new_tokens > 1
-        alone, _ = run(runner, SchedulerOutput([], [item]) if is_prefill else SchedulerOutput([item], []))
+        alone, _ = run(runner, prefills([item]) if is_prefill else decode([item.seq]))
         assert_close(alone[0], together[row])
 
 
@@ -125,7 +125,7 @@ def test_steps_wait_for_nothing(runner: ModelRunner) -> None:
     seqs = sequences([40, 64, 65, 300, 17, 128], NUM_BLOCKS, **SAMPLING, **EXTRAS)
     more = sequences([33, 99], NUM_BLOCKS)
     outputs = [
-        SchedulerOutput([], prefill(seqs[:3], 30)),
+        prefills(prefill(seqs[:3], 30)),
         SchedulerOutput(decode(seqs[3:]).decodes, prefill(seqs[:1], 5)),
         decode(seqs),
         decode(more),
@@ -245,5 +245,5 @@ def test_the_largest_step_takes_no_more_memory_once_ready(workspace: Workspace) 
     runner = ModelRunner(workspace, config)
     before = torch.cuda.memory_reserved()
     items = prefill(sequences([512] * 8, 200, **SAMPLING), 512)
-    runner.execute(SchedulerOutput([], items)).wait()
+    runner.execute(prefills(items)).wait()
     assert torch.cuda.memory_reserved() == before

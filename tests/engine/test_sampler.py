@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from tritonmind.engine.sampler import Sampler, is_plain_greedy
+from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS, Sampler
 from tritonmind.engine.staging import StepStaging
 from tritonmind.kernels import SamplingState, reference
 from tritonmind.messages import EngineRequest
@@ -36,14 +38,14 @@ OPTIONS = [
 ]
 
 
-def sequence(slot: int, prompt: list[int], generated: list[int], *, seed: int = 0, **options: float) -> Sequence:
+def sequence(slot: int, prompt: list[int], generated: list[int], *, seed: int = 0, **options: Any) -> Sequence:
     request = EngineRequest(
         request_id=slot,
         prompt_token_ids=prompt,
         max_tokens=10,
         seed=seed,
         stop_token_ids=[],
-        **{**NEUTRAL, **options},  # type: ignore[arg-type]
+        **{**NEUTRAL, **options},
     )
     seq = Sequence(request)
     seq.token_ids.extend(generated)
@@ -63,8 +65,8 @@ class Harness:
         head.sample_slots[: len(slots)] = slots
         head.sample_positions[: len(slots)] = positions
         self.sampler.stage(head)
-        self.staging.send(self.staging.plan_tail(1, 0))
-        return self.sampler.sample(logits, greedy=greedy).tolist()
+        self.staging.send_head()
+        return self.staging.finish(self.sampler.sample(logits, greedy=greedy))[0].tolist()
 
 
 def expected_token(logits: torch.Tensor, seq: Sequence, position: int) -> int:
@@ -140,7 +142,30 @@ def test_a_batch_is_greedy_only_if_every_row_is() -> None:
     harness.sampler.admit(sequence(0, [1], [], temperature=0.0))
     harness.sampler.admit(sequence(1, [1], [], temperature=0.5))
     harness.sampler.admit(sequence(2, [1], [], temperature=0.0, top_p=0.5))
-    assert harness.sampler.all_greedy(np.array([0, 2])) and not harness.sampler.all_greedy(np.array([0, 1]))
-    assert not is_plain_greedy(sequence(0, [1], [], temperature=0.0, frequency_penalty=0.1).request)
+    assert harness.sampler.wishes(np.array([0, 2])) == 0 and harness.sampler.wishes(np.array([0, 1])) == DRAWS
     logits = torch.randn(2, VOCAB)
     assert harness.draw(logits, [0, 2], [3, 3], greedy=True) == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "wishes"),
+    [
+        ({"temperature": 0.0, "frequency_penalty": 0.1}, DRAWS),
+        ({"temperature": 0.0, "logit_bias": [(3, 1.0)]}, EDITS),
+        ({"temperature": 0.0, "bad_words": [[3]]}, EDITS),
+        ({"temperature": 0.0, "min_tokens": 2}, EDITS),
+        ({"temperature": 0.0, "num_logprobs": 0}, LOGPROBS),
+        ({"min_tokens": 2, "num_logprobs": 3}, DRAWS | EDITS | LOGPROBS),
+    ],
+    ids=str,
+)
+def test_what_a_step_must_do_beside_the_largest_logit(options: dict[str, Any], wishes: int) -> None:
+    """Of all slots asked for, and of no other; the next sequence in a slot has wishes of its own."""
+    harness = Harness()
+    for slot in range(3):
+        harness.sampler.admit(sequence(slot, [1], [], temperature=0.0))
+    harness.sampler.admit(sequence(1, [1], [], **options))
+    assert harness.sampler.wishes(np.array([0, 2])) == 0
+    assert harness.sampler.wishes(np.array([0, 1, 2])) == wishes
+    harness.sampler.admit(sequence(1, [1], [], temperature=0.0))
+    assert harness.sampler.wishes(np.array([0, 1, 2])) == 0

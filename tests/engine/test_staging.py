@@ -26,6 +26,34 @@ def test_every_word_arrives_where_the_device_reads_it(device: str, num_tokens: i
         arrived = [*staging.device_head, *staging.device_tail(tail)]
         for want, got in zip(expected, arrived, strict=True):
             assert np.array_equal(got.cpu().numpy(), want)
+        staging.finish(torch.zeros(0, dtype=torch.int64, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_decodes_sends_its_head_and_gets_its_draw(device: str) -> None:
+    staging = StepStaging(max_num_seqs=7, max_num_tokens=41, max_table_writes=33, device=torch.device(device))
+    for round_number in range(5):
+        head = staging.begin()
+        for number, part in enumerate(head):
+            part[...] = 1000 * round_number + 100 * number + np.arange(part.size).reshape(part.shape)
+        expected = [part.copy() for part in head]
+        staging.send_head()
+        for want, got in zip(expected, staging.device_head, strict=True):
+            assert np.array_equal(got.cpu().numpy(), want)
+        drawn = torch.arange(5, device=device) + round_number
+        token_ids, event = staging.finish(drawn)
+        if event is not None:
+            event.synchronize()
+        drawn.fill_(-1)
+        assert token_ids.tolist() == [round_number + row for row in range(5)], "the next step's draw came through"
+
+
+def test_a_step_that_is_not_finished_is_our_mistake() -> None:
+    """Its memory would be written while the device may still read it."""
+    staging = StepStaging(max_num_seqs=4, max_num_tokens=8, max_table_writes=4, device=torch.device("cpu"))
+    staging.begin()
+    with pytest.raises(AssertionError, match="never finished"):
+        staging.begin()
 
 
 def test_padding_is_reset() -> None:
@@ -35,6 +63,7 @@ def test_padding_is_reset() -> None:
         assert (head.context_lens == 0).all() and (head.sample_slots == -1).all() and (head.seq_slots == 0).all()
         for part in head:
             part[...] = 5
+        staging.finish(torch.zeros(0, dtype=torch.int64))
 
 
 def test_a_step_beyond_its_limits_is_our_mistake() -> None:

@@ -201,8 +201,7 @@ class EngineClient(ABC):
         self._last_heard = time.monotonic()
         match message:
             case StepOutputs():
-                for output in message.outputs:
-                    self._route(output)
+                self._route(message)
             case Heartbeat():
                 self._latest_stats = message.stats
             case Reply():
@@ -215,11 +214,15 @@ class EngineClient(ABC):
             case EngineFailed():
                 self._fail(_ERRORS_BY_CODE.get(message.code, TritonmindError)(message.error))
 
-    def _route(self, output: TokenOutput) -> None:
+    def _route(self, outputs: StepOutputs) -> None:
+        routed: list[tuple[OnOutput, TokenOutput]] = []
         with self._lock:
-            last = output.finish_reason is not None
-            on_output = self._live.pop(output.request_id, None) if last else self._live.get(output.request_id)
-        if on_output is not None:
+            for output in outputs:
+                last = output.finish_reason is not None
+                on_output = self._live.pop(output.request_id, None) if last else self._live.get(output.request_id)
+                if on_output is not None:
+                    routed.append((on_output, output))
+        for on_output, output in routed:
             on_output(output)
 
     def _fail(self, failure: TritonmindError) -> None:

@@ -7,6 +7,7 @@ a step therefore come `async_depth` calls later; `step` keeps being called until
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from tritonmind.engine.device import resolve_device
 from tritonmind.engine.executor import Executor
 from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
 from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
-from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
 from tritonmind.model_source import ModelSource
 
 
@@ -61,6 +62,7 @@ class EngineCore:
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._num_finished = 0
+        self._step_cpu_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -76,20 +78,26 @@ class EngineCore:
         self._count(outputs)
         return outputs
 
-    def step(self) -> list[TokenOutput]:
-        """Launch one step if anything can run, and give the outputs of the oldest one that is due."""
+    def step(self) -> StepOutputs:
+        """Launch one step if anything can run, and give the outputs of the oldest one if it is due."""
+        begin = time.thread_time()
         output = self.scheduler.schedule()
         if output.num_tokens:
             self._in_flight.append(_InFlight(output, self.executor.execute(output)))
             self._num_steps += 1
-            if len(self._in_flight) <= self.async_depth:
-                return []
+        self._step_cpu_s += time.thread_time() - begin
+        if output.num_tokens and len(self._in_flight) <= self.async_depth:
+            return StepOutputs()
         if not self._in_flight:
             assert self.scheduler.num_live == 0, "live sequences, but nothing can be scheduled"
-            return []
+            return StepOutputs()
         due = self._in_flight.popleft()
-        outputs = self.scheduler.update(due.output, *due.handle.wait())
-        self._count(outputs)
+        result = due.handle.wait()  # spins: no work of ours
+        begin = time.thread_time()
+        outputs = self.scheduler.update(due.output, *result)
+        self._num_generated_tokens += len(outputs.token_ids)
+        self._count(outputs.outputs)
+        self._step_cpu_s += time.thread_time() - begin
         return outputs
 
     def reset_prefix_cache(self) -> None:
@@ -119,6 +127,7 @@ class EngineCore:
             num_preemptions=self.scheduler.num_preemptions,
             num_finished=self._num_finished,
             num_jit_compiles=self.executor.runner.jit_alarm.num_compiles,
+            step_cpu_s=self._step_cpu_s,
         )
 
     def _count(self, outputs: list[TokenOutput]) -> None:

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig
-from tritonmind.engine.sampler import Sampler
-from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.decode_batch import NO_BLOCK, DecodeRows
+from tritonmind.engine.sampler import DRAWS, Sampler
+from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import StepStaging, Tail
-from tritonmind.kernels import TokenInputs, prepare_tokens, write_block_tables
+from tritonmind.kernels import DecodeInputs, TokenInputs, prepare_decodes, prepare_tokens, write_block_tables
 from tritonmind.model_inputs import AttentionMetadata, ModelInputs
+from tritonmind.sequence import Sequence
 
 
 class Step(NamedTuple):
-    """Sizes of a step whose inputs are on the device. `greedy`: each row takes the largest logit and nothing else."""
+    """Sizes of a step whose inputs are on the device. wishes: what its sampling rows ask for, as Sampler.wishes."""
 
     num_decodes: int
     num_prefills: int
@@ -28,7 +30,12 @@ class Step(NamedTuple):
     num_samples: int
     max_query_len: int
     max_context_len: int
-    greedy: bool
+    wishes: int
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each row takes the largest logit of those that it is given."""
+        return not self.wishes & DRAWS
 
 
 class InputBuilder:
@@ -46,8 +53,9 @@ class InputBuilder:
         )
         self._head = self._staging.device_head
         self.sampler = Sampler(self._head, vocab_size=config.model.vocab_size, max_num_seqs=max_num_seqs)
-        self._num_table_blocks = [0] * max_num_seqs  # how much of each slot's row is up to date
+        self._num_table_blocks = np.zeros(max_num_seqs, dtype=np.int32)  # how much of each slot's row is up to date
         self._admissions = [-1] * max_num_seqs  # whose slot it is
+        self._is_cpu = device.type == "cpu"
         self._block_tables = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         self._row_tables = torch.zeros_like(self._block_tables)  # by row of the step, for the graphs
         self._tokens = TokenInputs(
@@ -56,22 +64,63 @@ class InputBuilder:
             torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device),
         )
 
-    def stage(self, output: SchedulerOutput, *, num_rows: int) -> Step:
-        """Send a step. num_rows: its tokens, or more, of which the rest are padding."""
-        items = output.items
-        num_decodes, num_seqs, num_tokens = len(output.decodes), len(items), output.num_tokens
-        query_lens = np.fromiter((item.num_new_tokens for item in items), dtype=np.int32, count=num_seqs)
-        starts = np.fromiter((item.start for item in items), dtype=np.int32, count=num_seqs)
-        slots = np.fromiter((item.seq.slot for item in items), dtype=np.int32, count=num_seqs)
-        samples = np.fromiter((item.samples for item in items), dtype=bool, count=num_seqs)
+    def stage(self, output: SchedulerOutput) -> Step:
+        """Send a step."""
+        return self._stage_mixed(output) if output.prefills else self._stage_decodes(output.decodes)
+
+    def finish(self, sampled: torch.Tensor) -> tuple[np.ndarray, torch.cuda.Event | None]:
+        """Send what the step has drawn back: where it will be, and the event after which it is there; see staging."""
+        return self._staging.finish(sampled)
+
+    def _stage_decodes(self, rows: DecodeRows) -> Step:
+        """A step of decodes only: all in the head, at the same addresses each time, to be completed by a graph."""
+        num_rows, slots = len(rows.seqs), rows.slots
+        contexts = rows.starts + 1
+        indices, blocks = self._admit_rows(rows)
+        head = self._staging.begin()
+        head.context_lens[:num_rows] = contexts
+        head.seq_slots[:num_rows] = slots
+        head.sample_slots[:num_rows] = slots
+        head.sample_positions[:num_rows] = contexts
+        head.token_ids[:num_rows] = rows.token_ids
+        head.new_blocks[:num_rows] = rows.new_blocks
+        self.sampler.stage(head)
+        if indices:
+            self._send_tables(indices, blocks)
+        else:
+            self._staging.send_head()
+        return Step(
+            num_decodes=num_rows,
+            num_prefills=0,
+            num_tokens=num_rows,
+            num_samples=num_rows,
+            max_query_len=0,
+            max_context_len=int(contexts.max()) if self._is_cpu else 0,
+            wishes=self.sampler.wishes(slots),
+        )
+
+    def _stage_mixed(self, output: SchedulerOutput) -> Step:
+        rows, prefills = output
+        num_decodes, num_prefills = len(rows.seqs), len(prefills)
+        num_seqs, num_tokens = num_decodes + num_prefills, output.num_tokens
+        query_lens = np.ones(num_seqs, dtype=np.int32)
+        query_lens[num_decodes:] = [item.num_new_tokens for item in prefills]
+        starts = np.concatenate((rows.starts, np.array([item.start for item in prefills], dtype=np.int32)))
+        slots = np.concatenate((rows.slots, np.array([item.seq.slot for item in prefills], dtype=np.int32)))
+        samples = np.ones(num_seqs, dtype=bool)
+        samples[num_decodes:] = [item.samples for item in prefills]
         ends = np.cumsum(query_lens, dtype=np.int32)
         contexts = starts + query_lens
-        table_indices, table_blocks = self._admit_and_grow(items)
+        indices, blocks = self._admit_rows(rows)
+        new_rows = np.flatnonzero(rows.new_blocks != NO_BLOCK)
+        indices += (rows.slots[new_rows] * self.max_blocks + rows.starts[new_rows] // self._block_size).tolist()
+        blocks += rows.new_blocks[new_rows].tolist()
+        for item in prefills:
+            self._admit(item.seq, indices, blocks)
 
         head = self._staging.begin()
         head.context_lens[:num_seqs] = contexts
         head.seq_slots[:num_seqs] = slots
-        num_prefills = num_seqs - num_decodes
         np.cumsum(query_lens[num_decodes:], dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
         num_samples = int(samples.sum())
         head.logits_rows[:num_samples] = ends[samples] - 1
@@ -79,23 +128,25 @@ class InputBuilder:
         head.sample_positions[:num_samples] = contexts[samples]
         self.sampler.stage(head)
 
-        tail = self._staging.plan_tail(num_rows, len(table_indices))
-        token_ids, positions, token_slots, indices, blocks = self._staging.host_tail(tail)
-        token_ids[:num_tokens] = _known_token_ids(output)
+        tail = self._staging.plan_tail(num_tokens, len(indices))
+        token_ids, positions, token_slots, tail_indices, tail_blocks = self._staging.host_tail(tail)
+        token_ids[:num_decodes] = rows.token_ids
+        for item, end in zip(prefills, ends[num_decodes:].tolist(), strict=True):
+            chunk = item.seq.token_ids[item.start : item.start + item.num_new_tokens]
+            token_ids[end - len(chunk) : end] = chunk
         # Position of each token: its sequence's start plus its index within the chunk.
-        positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
-        positions[num_tokens:] = -1
-        token_slots[:num_tokens] = np.repeat(slots, query_lens)
-        indices[:], blocks[:] = table_indices, table_blocks
+        positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
+        token_slots[:] = np.repeat(slots, query_lens)
+        tail_indices[:], tail_blocks[:] = indices, blocks
         self._send(tail)
         return Step(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
             num_tokens=num_tokens,
             num_samples=num_samples,
-            max_query_len=int(query_lens[num_decodes:].max(initial=0)),
+            max_query_len=int(query_lens[num_decodes:].max()),
             max_context_len=int(contexts.max()),
-            greedy=self.sampler.all_greedy(slots[samples]),
+            wishes=self.sampler.wishes(slots[samples]),
         )
 
     def stage_padding(self, num_decodes: int, prefill_lens: list[int]) -> Step:
@@ -108,12 +159,16 @@ class InputBuilder:
         np.cumsum(prefill_lens, dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
         head.logits_rows[:num_seqs] = 0
         num_tokens = num_decodes + sum(prefill_lens)
-        tail = self._staging.plan_tail(num_tokens, 1)
-        parts = self._staging.host_tail(tail)
-        for part in parts:
-            part.fill(0)
-        parts[1].fill(-1)  # positions
-        self._send(tail)
+        if num_prefills:
+            tail = self._staging.plan_tail(num_tokens, 1)
+            parts = self._staging.host_tail(tail)
+            for part in parts:
+                part.fill(0)
+            parts[1].fill(-1)  # positions
+            self._send(tail)
+        else:
+            head.context_lens.fill(0)
+            self._staging.send_head()
         return Step(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
@@ -121,17 +176,16 @@ class InputBuilder:
             num_samples=num_seqs,
             max_query_len=max(prefill_lens, default=0),
             max_context_len=max(prefill_lens, default=1),
-            greedy=True,
+            wishes=0,
         )
 
     def model_inputs(self, step: Step) -> ModelInputs:
-        """The inputs of any step."""
+        """The inputs of a step with prefills."""
         head, num_decodes = self._head, step.num_decodes
         num_seqs = num_decodes + step.num_prefills
         tables = self._block_tables.index_select(0, head.seq_slots[:num_seqs])
-        if not tables.is_cuda:
-            # The CPU's attention works through all columns; on a GPU their number chooses a variant, and stays.
-            tables = tables[:, : -(-step.max_context_len // self._block_size)]
+        if self._is_cpu:
+            tables = tables[:, : self._num_columns(step.max_context_len)]
         return ModelInputs(
             token_ids=self._tokens.token_ids[: step.num_tokens],
             positions=self._tokens.positions[: step.num_tokens],
@@ -148,17 +202,28 @@ class InputBuilder:
             ),
         )
 
-    def decode_inputs(self, num_rows: int) -> ModelInputs:
-        """The inputs of a step of decodes only, at fixed addresses: for graphs. Launches a kernel of its own."""
+    def decode_inputs(self, num_rows: int, *, max_context_len: int = 0) -> ModelInputs:
+        """The inputs of a step of decodes only, completed by a kernel launched here: all that a graph must hold.
+
+        num_rows: as many as the step has, or more, of which the rest are padding. max_context_len: of the step, on a
+        CPU; a graph is for any.
+        """
         head, tables = self._head, self._row_tables[:num_rows]
-        torch.index_select(self._block_tables, 0, head.seq_slots[:num_rows], out=tables)
+        tokens = TokenInputs._make(tensor[:num_rows] for tensor in self._tokens)
+        prepare_decodes(
+            head.token_ids[:num_rows], head.context_lens[:num_rows], head.seq_slots[:num_rows],
+            head.new_blocks[:num_rows], self.sampler.last_token_ids, self._block_tables,
+            block_size=self._block_size, out=DecodeInputs(tokens, tables),
+        )  # fmt: skip
+        if self._is_cpu:
+            tables = tables[:, : self._num_columns(max_context_len)]
         return ModelInputs(
-            token_ids=self._tokens.token_ids[:num_rows],
-            positions=self._tokens.positions[:num_rows],
+            token_ids=tokens.token_ids,
+            positions=tokens.positions,
             logits_rows=None,
             attention=AttentionMetadata(
                 num_decodes=num_rows,
-                slot_mapping=self._tokens.slot_mapping[:num_rows],
+                slot_mapping=tokens.slot_mapping,
                 decode_block_tables=tables,
                 decode_context_lens=head.context_lens[:num_rows],
                 prefill_block_tables=tables[:0],
@@ -167,6 +232,10 @@ class InputBuilder:
                 max_query_len=0,
             ),
         )
+
+    def _num_columns(self, max_context_len: int) -> int:
+        """The CPU's attention works through all columns; on a GPU their number chooses a variant, and stays."""
+        return -(-max_context_len // self._block_size)
 
     def _send(self, tail: Tail) -> None:
         self._staging.send(tail)
@@ -179,33 +248,41 @@ class InputBuilder:
             out=TokenInputs(*(tensor[: tail.num_tokens] for tensor in self._tokens)),
         )  # fmt: skip
 
-    def _admit_and_grow(self, items: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
-        """New entries of the block tables (flat index, block). Options of new sequences go to the sampler."""
+    def _send_tables(self, indices: list[int], blocks: list[int]) -> None:
+        """The head, and entries of block tables."""
+        tail = self._staging.plan_tail(0, len(indices))
+        *_, host_indices, host_blocks = self._staging.host_tail(tail)
+        host_indices[:], host_blocks[:] = indices, blocks
+        self._staging.send(tail)
+        *_, device_indices, device_blocks = self._staging.device_tail(tail)
+        write_block_tables(self._block_tables, device_indices, device_blocks)
+
+    def _admit_rows(self, rows: DecodeRows) -> tuple[list[int], list[int]]:
+        """Take over what is new of decoding sequences. Returns entries of block tables as `_admit` does.
+
+        Those are of sequences that are here for the first time, and as rare as they are. The blocks that the others
+        begin are not among them.
+        """
         indices: list[int] = []
         blocks: list[int] = []
-        for item in items:
-            seq = item.seq
-            slot = seq.slot
-            if self._admissions[slot] != seq.admission:
-                self._admissions[slot] = seq.admission
-                self._num_table_blocks[slot] = 0
-                self.sampler.admit(seq)
-            known, now = self._num_table_blocks[slot], len(seq.block_table)
-            if now > known:
-                indices.extend(range(slot * self.max_blocks + known, slot * self.max_blocks + now))
-                blocks.extend(seq.block_table[known:])
-                self._num_table_blocks[slot] = now
+        for row in rows.fresh:
+            self._admit(rows.seqs[row], indices, blocks)
+        new_rows = np.flatnonzero(rows.new_blocks != NO_BLOCK)
+        if len(new_rows):
+            slots, pages = rows.slots[new_rows], rows.starts[new_rows] // self._block_size
+            assert (self._num_table_blocks[slots] == pages).all(), "a block table on the device has a gap"
+            self._num_table_blocks[slots] += 1
         return indices, blocks
 
-
-def _known_token_ids(output: SchedulerOutput) -> list[int]:
-    """The step's token ids, -1 where the last one of a sequence is on the device only."""
-    token_ids = []
-    for item in output.decodes:
-        known = item.seq.token_ids
-        token_ids.append(known[item.start] if item.start < len(known) else -1)
-    for item in output.prefills:
-        known = item.seq.token_ids[item.start : item.start + item.num_new_tokens]
-        token_ids.extend(known)
-        token_ids.extend([-1] * (item.num_new_tokens - len(known)))
-    return token_ids
+    def _admit(self, seq: Sequence, indices: list[int], blocks: list[int]) -> None:
+        """Append the new entries of its block table (flat index, block). Options of a new one go to the sampler."""
+        slot = seq.slot
+        if self._admissions[slot] != seq.admission:
+            self._admissions[slot] = seq.admission
+            self._num_table_blocks[slot] = 0
+            self.sampler.admit(seq)
+        known, now = int(self._num_table_blocks[slot]), len(seq.block_table)
+        if now > known:
+            indices.extend(range(slot * self.max_blocks + known, slot * self.max_blocks + now))
+            blocks.extend(seq.block_table[known:])
+            self._num_table_blocks[slot] = now

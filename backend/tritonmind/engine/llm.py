@@ -168,7 +168,7 @@ class LLM:
             output.token_ids, output.finish_reason, stop_token_id=output.stop_token_id, logprobs=output.logprobs
         )
         answer.deltas.append(delta)
-        answer.num_cached_tokens = output.num_cached_tokens
+        answer.num_cached_tokens = max(answer.num_cached_tokens, output.num_cached_tokens)
         answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
         if answer.stream.finished and output.finish_reason is None:
             self.engine.abort([output.request_id])

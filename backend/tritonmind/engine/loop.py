@@ -41,7 +41,7 @@ def run_engine(core: EngineCore, receive: Receive, send: Send) -> None:
         if core.has_work:
             outputs = core.step()
             if outputs:
-                send(StepOutputs(outputs=outputs))
+                send(outputs)
         elif not checked and core.config.check_integrity_when_idle:
             core.check_integrity()
             checked = True

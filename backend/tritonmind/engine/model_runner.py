@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import deque
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig
@@ -28,8 +28,8 @@ from tritonmind.engine.device import (
 from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
+from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS
 from tritonmind.engine.scheduler import SchedulerOutput
-from tritonmind.engine.staging import NUM_BUFFERS
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import PREFILL_VARIANTS, decode_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
@@ -63,7 +63,7 @@ class StepHandle:
 
     def __init__(
         self,
-        token_ids: torch.Tensor,
+        token_ids: np.ndarray,
         event: torch.cuda.Event | None,
         draws: logprobs.PendingLogprobs | None = None,
         prompts: list[list[logprobs.PendingLogprobs]] | None = None,
@@ -114,9 +114,6 @@ class ModelRunner:
         num_spare = max(max_num_seqs, PROMPT_LOGPROB_ROWS)
         self._spare_logits = self.logits.new_empty((num_spare, config.model.vocab_size))
         is_cuda = self.device.type == "cuda"
-        self._read_backs = deque(
-            torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=is_cuda) for _ in range(NUM_BUFFERS)
-        )
         self._buckets = batch_buckets(max_num_seqs)
         self.kv_caches: list[kv_cache.KVCache] = []
         self.memory_plan: kv_cache.MemoryPlan
@@ -131,50 +128,44 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepHandle:
         """Launch one step and return without waiting for it. At most NUM_BUFFERS - 1 handles may be unread before."""
-        num_rows = output.num_tokens
-        if self._decode_graphs is not None and not output.prefills:
-            num_rows = bucket_of(self._buckets, num_rows)
-        step = self._builder.stage(output, num_rows=num_rows)
+        step = self._builder.stage(output)
         hidden = self._forward(step)
         prompts = None
         if hidden is not None:
             prompts = logprobs.of_prompts(self.model, hidden, output.prefills, self._spare_logits)
+        num_top, logits = self._edit(output, step) if step.wishes & (EDITS | LOGPROBS) else ([], self.logits)
+        sampled = self._sample(step) if step.num_samples else self._sampler.token_ids[:0]
+        draws = logprobs.of_draws(logits[: step.num_samples], sampled, num_top)
+        # Last, because its event says that all that the step sends is on the host.
+        token_ids, event = self._builder.finish(sampled)
+        return StepHandle(token_ids, event, draws, prompts)
+
+    def _edit(self, output: SchedulerOutput, step: Step) -> tuple[list[int | None], torch.Tensor]:
+        """Change the logits as the requests say. Returns how many log-probabilities each wants, and of which logits."""
         sampling = [item for item in output.items if item.samples]
-        num_top = [item.seq.request.num_logprobs for item in sampling]
-        logits = self.logits[: step.num_samples]
         edits = self._editor.plan(sampling)
+        logits = self.logits[: step.num_samples]
         if edits is not None:
-            if any(number is not None for number in num_top):
+            if step.wishes & LOGPROBS:
                 # Log-probabilities are those of the model, whatever a request does to its logits.
                 logits = self._spare_logits[: step.num_samples].copy_(logits)
             edits.apply(self.logits[: step.num_samples], *self._sampler.slots_and_last_token_ids(step.num_samples))
-        sampled = self._sample(step) if step.num_samples else self._sampler.token_ids[:0]
-        draws = logprobs.of_draws(logits, sampled, num_top)
-        # Last, because its event says that all that the step sends is on the host.
-        token_ids, event = self._read_back(sampled)
-        return StepHandle(token_ids, event, draws, prompts)
+        return [item.seq.request.num_logprobs for item in sampling], logits
 
     def _forward(self, step: Step) -> HiddenStates | None:
         """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none."""
-        if self._decode_graphs is not None and not step.num_prefills:
-            self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
+        if not step.num_prefills:
+            if self._decode_graphs is not None:
+                self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
+            else:
+                inputs = self._builder.decode_inputs(step.num_decodes, max_context_len=step.max_context_len)
+                self.model(inputs, self.kv_caches, out=self.logits[: step.num_samples])
             return None
         inputs = self._builder.model_inputs(step)
         hidden = self.model.hidden_states(inputs, self.kv_caches)
         if step.num_samples:
             self.model.logits(hidden, inputs.logits_rows, out=self.logits[: step.num_samples])
         return hidden
-
-    def _read_back(self, sampled: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Send what was drawn to the host: where it will be, and the event after which it is there."""
-        if self.device.type == "cpu":
-            return sampled.clone(), None  # the next step overwrites it
-        self._read_backs.rotate()
-        token_ids = self._read_backs[0][: len(sampled)]
-        token_ids.copy_(sampled, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return token_ids, event
 
     def _sample(self, step: Step) -> torch.Tensor:
         num_samples = step.num_samples
@@ -266,8 +257,9 @@ class ModelRunner:
         """A step for nobody, drawn both ways. Like `execute` it keeps the hidden states until the end."""
         step = self._builder.stage_padding(num_decodes, prefill_lens)
         hidden = self._forward(step)
-        for greedy in (True, False):
-            self._sample(step._replace(greedy=greedy))
+        for wishes in (0, DRAWS):
+            self._sample(step._replace(wishes=wishes))
+        self._builder.finish(self._sampler.token_ids[:0])
         del hidden
 
     def _capture(self) -> None:

@@ -14,6 +14,11 @@ from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import Sequence
 
+# What a request asks for beside the largest logit; a step does what one of its rows asks for.
+DRAWS = 1
+EDITS = 2
+LOGPROBS = 4
+
 
 class Sampler:
     """Sampling state of `max_num_seqs` slots. Token counts are set up when a sequence with a penalty enters a slot."""
@@ -24,7 +29,7 @@ class Sampler:
         # Rows in the order of SamplingState; int32 values in the same words as the fp32 ones.
         self._host_words = np.zeros(head.params.shape, dtype=np.int32)
         self._host_seeds = np.zeros(max_num_seqs, dtype=np.uint64)
-        self._greedy = np.ones(max_num_seqs, dtype=bool)
+        self._wishes = np.zeros(max_num_seqs, dtype=np.uint8)
         as_float = head.params.view(torch.float32)
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -68,7 +73,7 @@ class Sampler:
         floats[5, slot] = request.presence_penalty
         floats[6, slot] = request.frequency_penalty
         self._host_seeds[slot] = request.seed
-        self._greedy[slot] = is_plain_greedy(request)
+        self._wishes[slot] = wishes_of(request)
         if request.has_penalty:
             self._count_tokens(seq)
 
@@ -77,9 +82,9 @@ class Sampler:
         head.params[:] = self._host_words
         head.seeds[:] = self._host_seeds.view(np.int64)
 
-    def all_greedy(self, slots: np.ndarray) -> bool:
-        """Whether each of these slots takes the largest logit and nothing else."""
-        return bool(self._greedy[slots].all())
+    def wishes(self, slots: np.ndarray) -> int:
+        """What the requests in these slots ask for, together: DRAWS, EDITS and LOGPROBS, or 0."""
+        return int(np.bitwise_or.reduce(self._wishes[slots]))
 
     def sample(self, logits: torch.Tensor, *, greedy: bool) -> torch.Tensor:
         """Draw from logits [R, vocab_size] for the step's first R sampling rows.
@@ -108,6 +113,11 @@ class Sampler:
         self._state.token_counts[seq.slot].copy_(row, non_blocking=True)
 
 
-def is_plain_greedy(request: EngineRequest) -> bool:
-    """Whether the request always takes the largest logit as the model computed it."""
-    return request.temperature == 0 and not request.has_penalty
+def wishes_of(request: EngineRequest) -> int:
+    """What a request asks for beside the largest logit as the model computed it."""
+    edits = request.logit_bias or request.bad_words or request.min_tokens
+    return (
+        (DRAWS if request.temperature != 0 or request.has_penalty else 0)
+        | (EDITS if edits else 0)
+        | (LOGPROBS if request.num_logprobs is not None else 0)
+    )

@@ -1,11 +1,13 @@
-"""Decides which tokens the next step computes. Pure Python, no torch; one thread.
+"""Decides which tokens the next step computes. No torch; one thread.
 
 Order of one `schedule()`:
  1. every running sequence that has one token left to compute (decode) gets it; a step's token budget is never smaller
     than the number of running sequences, so decodes do not starve;
- 2. running sequences in the middle of their prompt get a chunk from what is left of the budget;
+ 2. running sequences in the middle of their prompt get a chunk from what is left of the budget, all but the long ones,
+    which need more than one whole step;
  3. waiting sequences are admitted while slots, blocks and budget last: lower priority numbers first, and first come,
-    first served among equals.
+    first served among equals;
+ 4. long prompts get what is left, and half of it was kept for them: neither they nor those behind them starve.
 A sequence that cannot get a block takes it from the running sequence of the highest priority number, among equals the
 most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
 recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
@@ -16,15 +18,22 @@ then in flight once more, and that token is thrown away.
 
 from __future__ import annotations
 
+import itertools
 import time
 from bisect import insort
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
-from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
+from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
+
+_NOTHING = itertools.repeat(None)
 
 
 class ScheduledSequence(NamedTuple):
@@ -39,16 +48,26 @@ class ScheduledSequence(NamedTuple):
 class SchedulerOutput(NamedTuple):
     """The work of one step: decodes compute one token each and always sample, prefills compute a chunk of a prompt."""
 
-    decodes: list[ScheduledSequence]
+    decodes: DecodeRows
     prefills: list[ScheduledSequence]
 
     @property
     def items(self) -> list[ScheduledSequence]:
-        return self.decodes + self.prefills
+        """All of it one by one, decodes first."""
+        starts = self.decodes.starts.tolist()
+        decodes = [ScheduledSequence(seq, start, 1, True) for seq, start in zip(self.decodes.seqs, starts, strict=True)]
+        return decodes + self.prefills
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(item.num_new_tokens for item in self.prefills)
+        return len(self.decodes.seqs) + sum(item.num_new_tokens for item in self.prefills)
+
+
+class _InFlight(NamedTuple):
+    """A step whose sampled ids are not here yet. num_ended: how many sequences had ended when it was scheduled."""
+
+    output: SchedulerOutput
+    num_ended: int
 
 
 class Scheduler:
@@ -61,6 +80,11 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order of priority, then arrival
         self.running: list[Sequence] = []  # in order of priority, then admission
         self.num_preemptions = 0
+        self._decoding = DecodeBatch(config.max_num_seqs, block_manager.block_size)
+        self._prefilling: list[Sequence] = []  # running, in the middle of their prompt, in the order of `running`
+        self._in_flight: deque[_InFlight] = deque()
+        self._stop_ids: Counter[int] = Counter()  # how many live sequences end at each id
+        self._num_ended = 0
         self._num_arrivals = 0
         self._num_admissions = 0
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -77,6 +101,7 @@ class Scheduler:
         seq = Sequence(request, self._num_arrivals)
         self._num_arrivals += 1
         self._live[request.request_id] = seq
+        self._stop_ids.update(seq.stop_token_ids)
         insort(self.waiting, seq, key=_queue_order)
 
     def abort(self, request_ids: Iterable[int]) -> list[TokenOutput]:
@@ -90,40 +115,36 @@ class Scheduler:
         return outputs
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the next step's tokens and account for them as computed. Empty lists: nothing can run now."""
-        decodes: list[ScheduledSequence] = []
-        prefills: list[ScheduledSequence] = []
-        budget = self.config.max_num_batched_tokens
+        """Choose the next step's tokens and account for them as computed. Nothing in it: nothing can run now.
+
+        `update` takes what the steps draw, in the same order.
+        """
         num_preemptions_before = self.num_preemptions
-
-        # Preemption shrinks self.running while we walk it, hence the copies. It takes from the end, so it never takes
-        # back what this step has already given to an earlier one.
-        for seq in [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]:
-            if seq.status is SequenceStatus.RUNNING and not self._is_complete(seq) and self._grow(seq, decodes):
-                decodes.append(self._take(seq, 1))
-                budget -= 1
-        for seq in [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]:
-            num_new = min(budget, seq.num_tokens - seq.num_computed_tokens)
-            if seq.status is SequenceStatus.RUNNING and num_new > 0:
-                prefills.append(self._take(seq, num_new))
-                budget -= num_new
-
+        for seq in [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens == 1]:
+            self._prefilling.remove(seq)
+            self._decode(seq)
+        self._grow_decodes()
+        budget = self.config.max_num_batched_tokens - len(self._decoding)
+        step_size = self.config.max_num_batched_tokens
+        long = [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens > step_size]
+        kept = -(-budget // 2) if long else 0
+        prefills: list[ScheduledSequence] = []
+        for seq in [seq for seq in self._prefilling if seq not in long]:
+            budget -= self._take_chunk(seq, budget - kept, prefills)
         if self.num_preemptions == num_preemptions_before:
-            while self._free_slots and budget > 0:
-                head, num_passed = self._next_waiting()
-                # Those passed over came first: slots are kept for them. The token of a preempted sequence may still be
-                # in flight; it is needed to recompute.
-                if head is None or num_passed >= len(self._free_slots) or head.num_pending_tokens:
-                    break
-                if not self.block_manager.admit(head):
-                    break
-                self.waiting.remove(head)
-                self._start(head)
-                num_new = min(budget, head.num_tokens - head.num_computed_tokens)
-                item = self._take(head, num_new)
-                (decodes if num_new == 1 and item.samples else prefills).append(item)
-                budget -= num_new
-        return SchedulerOutput(decodes, prefills)
+            budget -= self._admit(budget - kept, prefills)
+        for seq in long:
+            budget -= self._take_chunk(seq, budget, prefills)
+        output = SchedulerOutput(self._decoding.take(), prefills)
+        for item in prefills:
+            if item.samples:
+                item.seq.has_drawn = True
+                self._prefilling.remove(item.seq)
+                if item.seq.num_tokens < self._max_num_tokens(item.seq):
+                    self._decode(item.seq)
+        if output.num_tokens:
+            self._in_flight.append(_InFlight(output, self._num_ended))
+        return output
 
     def update(
         self,
@@ -131,52 +152,84 @@ class Scheduler:
         sampled_ids: list[int],
         logprobs: list[TokenLogprob | None] | None = None,
         prompt_logprobs: list[list[TokenLogprob]] | None = None,
-    ) -> list[TokenOutput]:
+    ) -> StepOutputs:
         """Take a finished step's sampled ids: one for each item with `samples`, in the order of `output.items`.
 
         logprobs: as many, None for the rows that asked for none; or None for all. prompt_logprobs: for each prefill,
         those of the tokens after its first one; or None for all.
         """
-        for item, values in zip(output.prefills, prompt_logprobs or (), strict=False):
-            if item.seq.prompt_logprobs is not None:
-                item.seq.prompt_logprobs[item.start + 1 : item.start + 1 + len(values)] = values
+        oldest, num_ended = self._in_flight.popleft()
+        assert oldest is output, "steps are updated in the order in which they were scheduled"
+        rows, num_rows = output.decodes, len(output.decodes.seqs)
+        # One that has ended meanwhile takes it too; nobody looks at its tokens any more.
+        for seq, token_id in zip(rows.seqs, sampled_ids, strict=False):
+            seq.token_ids.append(token_id)
+        self._commit_full_blocks(rows)
+        special = self._special_rows(rows, sampled_ids, logprobs, num_ended)
+        request_ids, token_ids = rows.request_ids, sampled_ids[:num_rows]
         outputs = []
-        ids = iter(sampled_ids)
-        row_logprobs = iter(logprobs or [None] * len(sampled_ids))
-        for item in output.items:
-            seq = item.seq
-            token_id, logprob = (next(ids), next(row_logprobs)) if item.samples else (None, None)
-            if seq.status is SequenceStatus.FINISHED:
-                continue
-            if token_id is not None:
-                seq.num_pending_tokens -= 1
-                seq.token_ids.append(token_id)
-            end = item.start + item.num_new_tokens
-            # A sequence preempted since then has no blocks any more.
-            if seq.status is SequenceStatus.RUNNING and seq.num_computed_tokens >= end:
-                self.block_manager.commit(seq, end)
-            if token_id is not None:
-                reason = self._finish_reason(seq, token_id)
-                if reason is not None:
-                    self._finish(seq, reason)
-                outputs.append(_output(seq, [token_id], logprob))
-        assert next(ids, None) is None, "more sampled ids than sampling sequences"
-        return outputs
+        for row in special:
+            if rows.seqs[row].status is not SequenceStatus.FINISHED:
+                logprob = None if logprobs is None else logprobs[row]
+                outputs.append(self._take_token(rows.seqs[row], token_ids[row], logprob))
+        if special:
+            skipped = set(special)
+            plain = [row for row in range(num_rows) if row not in skipped]
+            request_ids = [request_ids[row] for row in plain]
+            token_ids = [token_ids[row] for row in plain]
+        draws = zip(sampled_ids[num_rows:], logprobs[num_rows:] if logprobs else _NOTHING, strict=False)
+        for item, values in zip(output.prefills, prompt_logprobs or _NOTHING, strict=False):
+            outputs.extend(self._update_prefill(item, draws, values))
+        assert next(draws, None) is None, "more sampled ids than sampling sequences"
+        return StepOutputs(request_ids=request_ids, token_ids=token_ids, outputs=outputs)
 
     def check_integrity(self) -> None:
-        """Re-derive every invariant of queues, slots and blocks; AssertionError if one does not hold."""
+        """Re-derive every invariant of queues, slots, columns and blocks; AssertionError if one does not hold."""
         assert len(self.waiting) + len(self.running) == len(self._live)
         assert {s.request_id for s in [*self.waiting, *self.running]} == self._live.keys()
         assert self.waiting == sorted(self.waiting, key=_queue_order)
         assert self.running == sorted(self.running, key=_running_order)
+        assert self._stop_ids == Counter(id_ for seq in self._live.values() for id_ in seq.stop_token_ids)
+        num_pending = Counter(item.seq for step in self._in_flight for item in step.output.items if item.samples)
         for seq in self.waiting:
-            assert seq.status is SequenceStatus.WAITING and seq.slot == -1 and not seq.block_table
+            assert seq.status is SequenceStatus.WAITING and seq.slot == -1 and seq.row == -1 and not seq.block_table
+            assert seq.num_pending_tokens == num_pending[seq]
         for seq in self.running:
             assert seq.status is SequenceStatus.RUNNING
-            assert seq.num_computed_tokens <= seq.num_tokens
+            num_tokens = seq.num_tokens if seq.row < 0 else self._decoding.num_tokens(seq)
+            num_computed = seq.num_computed_tokens if seq.row < 0 else num_tokens - 1
+            assert num_tokens == len(seq.token_ids) + num_pending[seq], f"{seq.request_id}: a token is lost"
+            assert num_computed < num_tokens <= self._max_num_tokens(seq)
+            assert num_computed <= len(seq.block_table) * self.block_manager.block_size, "tokens without a block"
+        self._decoding.check_integrity()
+        decoding = [seq for seq in self.running if seq.row >= 0]
+        assert set(decoding) == set(self._decoding.seqs), "a row without its sequence, or the other way round"
+        rest = [seq for seq in self.running if seq.row < 0 and seq.num_tokens < self._max_num_tokens(seq)]
+        assert rest == self._prefilling, "a sequence neither decodes nor is in its prompt"
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         self.block_manager.check_integrity(self._live.values())
+
+    def _admit(self, budget: int, prefills: list[ScheduledSequence]) -> int:
+        """Start waiting sequences with chunks of at most `budget` tokens together. Returns how many they take."""
+        left = budget
+        while self._free_slots and left > 0:
+            head, num_passed = self._next_waiting()
+            # Those passed over came first: slots are kept for them. The token of a preempted sequence may still be
+            # in flight; it is needed to recompute.
+            if head is None or num_passed >= len(self._free_slots) or head.num_pending_tokens:
+                break
+            if not self.block_manager.admit(head):
+                break
+            self.waiting.remove(head)
+            self._start(head)
+            if head.num_tokens - head.num_computed_tokens == 1:
+                self._decode(head)
+                left -= 1
+            else:
+                insort(self._prefilling, head, key=_running_order)
+                left -= self._take_chunk(head, left, prefills)
+        return budget - left
 
     def _next_waiting(self) -> tuple[Sequence | None, int]:
         """The first in the queue that can start, and how many before it wait for the prompt that they share."""
@@ -191,23 +244,35 @@ class Scheduler:
         parent = None if parent_id is None else self._live.get(parent_id)
         return parent is not None and not self.block_manager.has_prompt(parent)
 
-    def _is_complete(self, seq: Sequence) -> bool:
-        """All tokens it may have are known or in flight; it only waits for the last update."""
-        return seq.num_generated_tokens >= seq.request.max_tokens or seq.num_tokens >= self.config.max_model_len
+    def _max_num_tokens(self, seq: Sequence) -> int:
+        return min(seq.num_prompt_tokens + seq.request.max_tokens, self.config.max_model_len)
 
-    def _take(self, seq: Sequence, num_new_tokens: int) -> ScheduledSequence:
+    def _decode(self, seq: Sequence) -> None:
+        self._decoding.add(seq, max_num_tokens=self._max_num_tokens(seq))
+
+    def _take_chunk(self, seq: Sequence, budget: int, prefills: list[ScheduledSequence]) -> int:
+        """The next tokens of a prompt, as many as the budget allows. Returns how many."""
         start = seq.num_computed_tokens
-        seq.num_computed_tokens += num_new_tokens
-        samples = seq.num_computed_tokens == seq.num_tokens
-        if samples:
-            seq.num_pending_tokens += 1
-        return ScheduledSequence(seq, start, num_new_tokens, samples)
+        num_new = min(budget, seq.num_tokens - start)
+        if num_new > 0:
+            seq.num_computed_tokens += num_new
+            samples = seq.num_computed_tokens == seq.num_tokens
+            seq.num_tokens += samples
+            prefills.append(ScheduledSequence(seq, start, num_new, samples))
+        return num_new
 
-    def _grow(self, seq: Sequence, decodes: list[ScheduledSequence]) -> bool:
-        """A block for the next token, preempting later sequences if need be; False if `seq` itself had to go."""
-        while not self.block_manager.grow(seq, seq.num_computed_tokens + 1):
+    def _grow_decodes(self) -> None:
+        """A block for each sequence whose next token begins one, preempting later sequences if need be."""
+        for seq in sorted(self._decoding.without_block(), key=_running_order):
+            # One of them may have been preempted for an earlier one.
+            if seq.row >= 0 and self._grow(seq):
+                self._decoding.add_block(seq)
+
+    def _grow(self, seq: Sequence) -> bool:
+        """A block for the next token; False if `seq` itself had to go."""
+        while not self.block_manager.grow(seq, self._decoding.num_tokens(seq)):
             victim = self.running[-1]
-            assert all(item.seq is not victim for item in decodes), "a sequence of this step was chosen for preemption"
+            assert _running_order(victim) >= _running_order(seq), "a sequence that comes earlier would be preempted"
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -216,6 +281,7 @@ class Scheduler:
     def _start(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
         seq.slot = self._free_slots.pop()
+        seq.has_drawn = False
         seq.admission = self._num_admissions
         self._num_admissions += 1
         if seq.num_cached_tokens is None:
@@ -225,6 +291,10 @@ class Scheduler:
 
     def _stop(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
+            if seq.row >= 0:
+                self._decoding.remove(seq)
+            elif seq in self._prefilling:
+                self._prefilling.remove(seq)
             self.running.remove(seq)
             self._free_slots.append(seq.slot)
             seq.slot = -1
@@ -243,14 +313,65 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         del self._live[seq.request_id]
+        self._num_ended += 1
+        for token_id in seq.stop_token_ids:
+            self._stop_ids[token_id] -= 1
+            if not self._stop_ids[token_id]:
+                del self._stop_ids[token_id]
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         if token_id in seq.stop_token_ids:
             return "stop"
-        num_generated = len(seq.token_ids) - seq.num_prompt_tokens
-        if num_generated >= seq.request.max_tokens or len(seq.token_ids) >= self.config.max_model_len:
-            return "length"
-        return None
+        return "length" if len(seq.token_ids) >= self._max_num_tokens(seq) else None
+
+    def _commit_full_blocks(self, rows: DecodeRows) -> None:
+        """Offer the blocks that these tokens were the last of to the prefix cache."""
+        if not self.block_manager.enable_prefix_caching:
+            return
+        for row in np.flatnonzero((rows.starts + 1) % self.block_manager.block_size == 0).tolist():
+            # A sequence preempted since then has no blocks any more.
+            if rows.seqs[row].status is SequenceStatus.RUNNING:
+                self.block_manager.commit(rows.seqs[row], int(rows.starts[row]) + 1)
+
+    def _special_rows(
+        self, rows: DecodeRows, token_ids: list[int], logprobs: list[TokenLogprob | None] | None, num_ended: int
+    ) -> list[int]:
+        """The rows of which there is more to say than a token, or nothing at all, in order."""
+        special = {*rows.fresh, *rows.ending}
+        if self._num_ended != num_ended:
+            special.update(row for row, seq in enumerate(rows.seqs) if seq.status is SequenceStatus.FINISHED)
+        if not self._stop_ids.keys().isdisjoint(token_ids):
+            special.update(row for row in range(len(rows.seqs)) if token_ids[row] in self._stop_ids)
+        if logprobs is not None:
+            special.update(row for row in range(len(rows.seqs)) if logprobs[row] is not None)
+        return sorted(special)
+
+    def _update_prefill(
+        self,
+        item: ScheduledSequence,
+        draws: Iterator[tuple[int, TokenLogprob | None]],
+        values: list[TokenLogprob] | None,
+    ) -> Iterator[TokenOutput]:
+        seq, end = item.seq, item.start + item.num_new_tokens
+        if values is not None and seq.prompt_logprobs is not None:
+            seq.prompt_logprobs[item.start + 1 : item.start + 1 + len(values)] = values
+        token_id, logprob = next(draws) if item.samples else (None, None)
+        if seq.status is SequenceStatus.FINISHED:
+            return
+        if token_id is not None:
+            seq.token_ids.append(token_id)
+        # A sequence preempted since then has no blocks any more.
+        if seq.status is SequenceStatus.RUNNING and seq.num_computed_tokens >= end:
+            self.block_manager.commit(seq, end)
+        if token_id is not None:
+            yield self._take_token(seq, token_id, logprob)
+
+    def _take_token(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
+        """End a sequence whose newest token is its last one."""
+        reason = self._finish_reason(seq, token_id)
+        if reason is not None:
+            self._finish(seq, reason)
+        return _output(seq, [token_id], logprob)
 
 
 def _queue_order(seq: Sequence) -> tuple[int, int]:

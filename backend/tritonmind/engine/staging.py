@@ -1,18 +1,19 @@
-"""What the host tells the device about a step, as one packed array and one copy.
+"""What the host tells the device about a step, as one packed array and one copy, and the way back of what it draws.
 
 The head has one place for every running sequence, at addresses that never change, so that CUDA graphs read it in place.
-The tail holds what varies in length: the tokens of the step and the new entries of the block tables. On a CPU host and
-device arrays are the same memory.
+It is all that a step of decodes needs. The tail holds what varies in length: the tokens of other steps and entries of
+the block tables. On a CPU host and device arrays are the same memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# Steps that may be in flight at once, and one more that is being built.
+# Steps that may be in flight at once, and one more that is being built: `begin` waits for the step so many before.
 NUM_BUFFERS = 3
 _ALIGNMENT = 4  # int32 words: vector loads want 16 bytes
 
@@ -26,6 +27,8 @@ class HostHead(NamedTuple):
     logits_rows: np.ndarray  # [max_num_seqs] int32, the token of each sampling sequence whose logits are wanted
     sample_slots: np.ndarray  # [max_num_seqs] int32, -1 pads
     sample_positions: np.ndarray  # [max_num_seqs] int32, index of the token to draw in its sequence
+    token_ids: np.ndarray  # [max_num_seqs] int32, of a step of decodes only; -1: what was drawn last in the slot
+    new_blocks: np.ndarray  # [max_num_seqs] int32, of a step of decodes only; -1: no new one
     params: np.ndarray  # [NUM_PARAMS, max_num_seqs] fp32 or int32 bits, rows as SamplingState names them
     seeds: np.ndarray  # [max_num_seqs] int64
 
@@ -39,6 +42,8 @@ class DeviceHead(NamedTuple):
     logits_rows: torch.Tensor
     sample_slots: torch.Tensor
     sample_positions: torch.Tensor
+    token_ids: torch.Tensor
+    new_blocks: torch.Tensor
     params: torch.Tensor
     seeds: torch.Tensor
 
@@ -55,17 +60,27 @@ class Tail(NamedTuple):
 NUM_PARAMS = 7
 
 
+@dataclass
+class _Buffer:
+    """The host's memory of one step."""
+
+    words: torch.Tensor
+    head_words: torch.Tensor
+    head: HostHead
+    token_ids: torch.Tensor
+    host_token_ids: np.ndarray  # the same memory
+    event: torch.cuda.Event | None  # after all copies of the step; None on a CPU
+    is_open: bool = False
+
+
 class StepStaging:
     """A ring of pinned arrays on the host and one array on the device, of int32 words."""
 
     def __init__(self, *, max_num_seqs: int, max_num_tokens: int, max_table_writes: int, device: torch.device) -> None:
         self._sizes = (
-            max_num_seqs,
-            max_num_seqs,
+            *(max_num_seqs,) * 2,
             max_num_seqs + 1,
-            max_num_seqs,
-            max_num_seqs,
-            max_num_seqs,
+            *(max_num_seqs,) * 5,
             NUM_PARAMS * max_num_seqs,
             2 * max_num_seqs,
         )
@@ -73,28 +88,46 @@ class StepStaging:
         num_words = self._head_words + 3 * _aligned(max_num_tokens) + 2 * _aligned(max_table_writes)
         self._is_cpu = device.type == "cpu"
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
-        if self._is_cpu:
-            self._host_words = [self.device_words]
-        else:
-            self._host_words = [torch.zeros(num_words, dtype=torch.int32).pin_memory() for _ in range(NUM_BUFFERS)]
-        self._heads = [self._host_head(words) for words in self._host_words]
-        self._copied: list[torch.cuda.Event | None] = [None] * len(self._host_words)
-        self._current = 0
         views = [self.device_words[start : start + size] for start, size in self._head_ranges()]
-        params, seeds = views[6].view(NUM_PARAMS, max_num_seqs), views[7].view(torch.int64)
-        self.device_head = DeviceHead._make([*views[:6], params, seeds])
+        params, seeds = views[8].view(NUM_PARAMS, max_num_seqs), views[9].view(torch.int64)
+        self.device_head = DeviceHead._make([*views[:8], params, seeds])
+        self._device_head_words = self.device_words[: self._head_words]
+        num_buffers = 1 if self._is_cpu else NUM_BUFFERS
+        self._buffers = [self._make_buffer(max_num_seqs) for _ in range(num_buffers)]
+        self._current = 0
 
     def begin(self) -> HostHead:
-        """The head of the next step's array, all rows set to padding. Fill it and the tail, then call `send`."""
-        self._current = (self._current + 1) % len(self._host_words)
-        copied = self._copied[self._current]
-        if copied is not None:
-            copied.synchronize()
-        head = self._heads[self._current]
+        """The head of the next step's array, all rows set to padding. Fill it, send the step, and `finish` it."""
+        self._current = (self._current + 1) % len(self._buffers)
+        buffer = self._buffers[self._current]
+        assert not buffer.is_open, "a step was begun and never finished"
+        buffer.is_open = True
+        if buffer.event is not None:
+            buffer.event.synchronize()
+        head = buffer.head
         head.context_lens.fill(0)
         head.seq_slots.fill(0)
         head.sample_slots.fill(-1)
         return head
+
+    def finish(self, sampled: torch.Tensor) -> tuple[np.ndarray, torch.cuda.Event | None]:
+        """Send what the step has drawn, [R] int64, to the host, in the order of the current stream.
+
+        Returns where it will be, until as many steps as there are buffers have begun, and the event after which it and
+        all that the step sent before are there; None: it is there.
+        """
+        buffer = self._buffers[self._current]
+        buffer.is_open = False
+        if buffer.event is None:
+            return sampled.numpy().copy(), None  # the next step overwrites it
+        buffer.token_ids[: len(sampled)].copy_(sampled, non_blocking=True)
+        buffer.event.record()
+        return buffer.host_token_ids[: len(sampled)], buffer.event
+
+    def send_head(self) -> None:
+        """Copy the head to the device, in the order of the current stream, without waiting."""
+        if not self._is_cpu:
+            self._device_head_words.copy_(self._buffers[self._current].head_words, non_blocking=True)
 
     def plan_tail(self, num_tokens: int, num_writes: int) -> Tail:
         """Lay the tail out for this step."""
@@ -106,7 +139,7 @@ class StepStaging:
 
     def host_tail(self, tail: Tail) -> list[np.ndarray]:
         """The five arrays of the tail, int32, to be filled by the host."""
-        words = self._host_words[self._current].numpy()
+        words = self._buffers[self._current].words.numpy()
         return [words[start : start + size] for start, size in _tail_ranges(tail)]
 
     def device_tail(self, tail: Tail) -> list[torch.Tensor]:
@@ -115,17 +148,25 @@ class StepStaging:
 
     def send(self, tail: Tail) -> None:
         """Copy head and tail to the device, in the order of the current stream, without waiting."""
-        if self._is_cpu:
-            return
-        self.device_words[: tail.end].copy_(self._host_words[self._current][: tail.end], non_blocking=True)
-        event = self._copied[self._current] or torch.cuda.Event()
-        event.record()
-        self._copied[self._current] = event
+        if not self._is_cpu:
+            words = self._buffers[self._current].words
+            self.device_words[: tail.end].copy_(words[: tail.end], non_blocking=True)
 
-    def _host_head(self, words: torch.Tensor) -> HostHead:
+    def _make_buffer(self, max_num_seqs: int) -> _Buffer:
+        words = self.device_words
+        if not self._is_cpu:
+            words = torch.zeros_like(words, device="cpu", pin_memory=True)
         array = words.numpy()
         views = [array[start : start + size] for start, size in self._head_ranges()]
-        return HostHead._make([*views[:6], views[6].reshape(NUM_PARAMS, -1), views[7].view(np.int64)])
+        token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=not self._is_cpu)
+        return _Buffer(
+            words=words,
+            head_words=words[: self._head_words],
+            head=HostHead._make([*views[:8], views[8].reshape(NUM_PARAMS, -1), views[9].view(np.int64)]),
+            token_ids=token_ids,
+            host_token_ids=token_ids.numpy(),
+            event=None if self._is_cpu else torch.cuda.Event(),
+        )
 
     def _head_ranges(self) -> list[tuple[int, int]]:
         ranges, start = [], 0

@@ -1,4 +1,7 @@
-"""The kernels behind step_inputs.py. A step has one of each, in front of the model."""
+"""The kernels behind step_inputs.py, in front of the model.
+
+None is launched with PDL: each reads what the host has sent, and the copy that brought it must have ended.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of a jit function: only constexpr may stand there.
@@ -57,6 +60,49 @@ def _prepare_tokens_kernel(
     tl.store(out_slot_mapping_ptr + token, tl.where(real, cache_slot, -1), mask=inside)
 
 
+@triton.jit(do_not_specialize=["max_blocks"])
+def _prepare_decodes_kernel(
+    token_ids_ptr,  # [R], as all without a shape
+    context_lens_ptr,
+    slots_ptr,
+    new_blocks_ptr,
+    last_token_ids_ptr,  # [S]
+    block_tables_ptr,  # [S, max_blocks]
+    max_blocks,
+    out_token_ids_ptr,
+    out_positions_ptr,
+    out_slot_mapping_ptr,
+    out_block_tables_ptr,  # [R, max_blocks]
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program has its slot's table to itself: the new block goes there and on from registers, unseen by others.
+    row = tl.program_id(0).to(tl.int64)
+    context_len = tl.load(context_lens_ptr + row)
+    real = context_len > 0
+    slot = tl.load(slots_ptr + row, mask=real, other=0).to(tl.int64)
+    new_block = tl.load(new_blocks_ptr + row, mask=real, other=-1)
+    has_new = new_block >= 0
+    position = tl.maximum(context_len - 1, 0)
+    page = position // BLOCK_SIZE
+    table_ptr = block_tables_ptr + slot * max_blocks
+    old_block = tl.load(table_ptr + page, mask=real & (new_block < 0), other=0)
+    cache_slot = tl.where(has_new, new_block, old_block) * BLOCK_SIZE + position % BLOCK_SIZE
+    tl.store(out_slot_mapping_ptr + row, tl.where(real, cache_slot, -1))
+    tl.store(out_positions_ptr + row, position.to(tl.int64))
+    token_id = tl.load(token_ids_ptr + row, mask=real, other=0).to(tl.int64)
+    last = tl.load(last_token_ids_ptr + slot, mask=real & (token_id < 0), other=0)
+    tl.store(out_token_ids_ptr + row, tl.where(token_id < 0, last, token_id))
+    for start in range(0, page + 1, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = real & (column <= page)
+        is_new = has_new & (column == page)
+        block = tl.load(table_ptr + column, mask=inside & ~is_new, other=0)
+        block = tl.where(is_new, new_block, block)
+        tl.store(out_block_tables_ptr + row * max_blocks + column, block, mask=inside)
+    tl.store(table_ptr + page, new_block, mask=has_new)
+
+
 def write_block_tables(block_tables: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor) -> None:
     """Launch on checked arguments; see step_inputs.write_block_tables."""
     count = len(indices)
@@ -83,5 +129,28 @@ def prepare_tokens(
         _prepare_tokens_kernel[(triton.cdiv(num_tokens, BLOCK),)](
             token_ids, positions, slots, last_token_ids, block_tables, block_tables.shape[1],
             out_token_ids, out_positions, out_slot_mapping, num_tokens,
+            BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def prepare_decodes(
+    token_ids: torch.Tensor,
+    context_lens: torch.Tensor,
+    slots: torch.Tensor,
+    new_blocks: torch.Tensor,
+    last_token_ids: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+    out_token_ids: torch.Tensor,
+    out_positions: torch.Tensor,
+    out_slot_mapping: torch.Tensor,
+    out_block_tables: torch.Tensor,
+) -> None:
+    """Launch on checked arguments; see step_inputs.prepare_decodes."""
+    num_rows = len(token_ids)
+    if num_rows:
+        _prepare_decodes_kernel[(num_rows,)](
+            token_ids, context_lens, slots, new_blocks, last_token_ids, block_tables, block_tables.shape[1],
+            out_token_ids, out_positions, out_slot_mapping, out_block_tables,
             BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,135 @@
+"""The sequences that decode, as columns: a step takes a token of each, at a cost that hardly grows with their number.
+
+Between two steps every column advances by the same rule, so what a step does one by one is only for the sequences that
+join, leave, or come to the end of a page. Rows keep their order but for the last one, which fills the place of one that
+leaves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tritonmind.sequence import Sequence
+
+FROM_DEVICE = -1  # a token id that only the device knows: what was drawn last in the slot
+NO_BLOCK = -1
+
+
+class DecodeRows(NamedTuple):
+    """What one step computes of these sequences: one token each, after which it draws the next. Not to be changed."""
+
+    seqs: list[Sequence]
+    request_ids: list[int]
+    slots: np.ndarray  # [n] int32
+    starts: np.ndarray  # [n] int32, position of the token
+    token_ids: np.ndarray  # [n] int32, FROM_DEVICE for all but the rows in `fresh`
+    new_blocks: np.ndarray  # [n] int32, the block that the token is the first one of; NO_BLOCK: it has had one before
+    fresh: list[int]  # rows that draw for the first time since their sequence was admitted
+    ending: list[int]  # rows whose sequence has all the tokens it may have after this draw
+
+
+class DecodeBatch:
+    """At most `max_num_seqs` sequences, each with one token left to compute, which the next `take` takes."""
+
+    def __init__(self, max_num_seqs: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._seqs: list[Sequence] = []
+        self._request_ids: list[int] = []
+        self._columns = np.zeros((6, max_num_seqs), dtype=np.int32)
+        self._slots, self._starts, self._token_ids, self._new_blocks = self._columns[:4]
+        self._capacities, self._last_starts = self._columns[4:]
+        self._num_fresh = 0
+        self._num_new_blocks = 0
+
+    def __len__(self) -> int:
+        return len(self._seqs)
+
+    @property
+    def seqs(self) -> list[Sequence]:
+        """The sequences in the order of their rows; not to be changed."""
+        return self._seqs
+
+    def num_tokens(self, seq: Sequence) -> int:
+        """How many a sequence of the batch has, those in flight included; all but the last are computed."""
+        return int(self._starts[seq.row]) + 1
+
+    def add(self, seq: Sequence, *, max_num_tokens: int) -> None:
+        """Let a running sequence decode until it has `max_num_tokens`, which it has not yet."""
+        start = seq.num_computed_tokens
+        assert seq.row < 0 and seq.slot >= 0 and seq.num_tokens == start + 1 < max_num_tokens
+        seq.row = row = len(self._seqs)
+        self._seqs.append(seq)
+        self._request_ids.append(seq.request_id)
+        # Without a draw in its slot the token is one of the prompt, or of what it had before it was preempted.
+        token_id = FROM_DEVICE if seq.has_drawn else seq.token_ids[start]
+        self._num_fresh += not seq.has_drawn
+        capacity = len(seq.block_table) * self._block_size
+        self._columns[:, row] = seq.slot, start, token_id, NO_BLOCK, capacity, max_num_tokens - 2
+
+    def remove(self, seq: Sequence) -> None:
+        """Let a sequence decode no more; its counts are its own again."""
+        row, last = seq.row, len(self._seqs) - 1
+        seq.num_computed_tokens = int(self._starts[row])
+        seq.num_tokens = seq.num_computed_tokens + 1
+        self._num_fresh -= int(self._token_ids[row] != FROM_DEVICE)
+        self._num_new_blocks -= int(self._new_blocks[row] != NO_BLOCK)
+        if row < last:
+            moved = self._seqs[last]
+            moved.row = row
+            self._seqs[row], self._request_ids[row] = moved, moved.request_id
+            self._columns[:, row] = self._columns[:, last]
+        self._seqs.pop()
+        self._request_ids.pop()
+        seq.row = -1
+
+    def without_block(self) -> list[Sequence]:
+        """Those whose next token lies beyond their blocks: `add_block` must follow, or `remove`."""
+        num_rows = len(self._seqs)
+        rows = np.flatnonzero(self._starts[:num_rows] == self._capacities[:num_rows])
+        return [self._seqs[row] for row in rows.tolist()]
+
+    def add_block(self, seq: Sequence) -> None:
+        """A sequence has got the block that its next token needs, the last one of its table."""
+        row = seq.row
+        assert self._starts[row] == self._capacities[row]
+        self._new_blocks[row] = seq.block_table[-1]
+        self._capacities[row] += self._block_size
+        self._num_new_blocks += 1
+
+    def take(self) -> DecodeRows:
+        """The next token of each. Those that may have no further one leave."""
+        num_rows = len(self._seqs)
+        columns = self._columns[:4, :num_rows].copy()
+        slots, starts, token_ids, new_blocks = columns
+        fresh = np.flatnonzero(token_ids != FROM_DEVICE).tolist() if self._num_fresh else []
+        ending = np.flatnonzero(starts == self._last_starts[:num_rows]).tolist()
+        rows = DecodeRows(
+            list(self._seqs), list(self._request_ids), slots, starts, token_ids, new_blocks, fresh, ending
+        )
+        self._starts[:num_rows] += 1
+        for row in fresh:
+            rows.seqs[row].has_drawn = True
+        if self._num_fresh:
+            self._token_ids[:num_rows] = FROM_DEVICE
+            self._num_fresh = 0
+        if self._num_new_blocks:
+            self._new_blocks[:num_rows] = NO_BLOCK
+            self._num_new_blocks = 0
+        for row in ending:
+            self.remove(rows.seqs[row])
+        return rows
+
+    def check_integrity(self) -> None:
+        """Re-derive the columns from the sequences; AssertionError where they differ."""
+        assert self._request_ids == [seq.request_id for seq in self._seqs], "request ids are not those of the rows"
+        assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs)
+        for row, seq in enumerate(self._seqs):
+            where = f"{seq.request_id} in row {row}"
+            slot, start, token_id, new_block, capacity, last_start = self._columns[:, row].tolist()
+            assert seq.row == row and seq.slot == slot, f"{where}: row or slot is another's"
+            assert start <= last_start, f"{where}: decodes past its last token"
+            assert capacity == len(seq.block_table) * self._block_size, f"{where}: blocks are not counted"
+            assert start <= capacity and new_block == NO_BLOCK
+            assert token_id == (FROM_DEVICE if seq.has_drawn else seq.token_ids[start]), f"{where}: wrong token"
