@@ -47,7 +47,7 @@ def of_prompts(
     """
     if all(item.seq.prompt_logprobs is None for item in prefills):
         return None
-    end = len(hidden.x)
+    end = len(hidden.residual)
     pending: list[list[PendingLogprobs]] = []
     for item in reversed(prefills):
         end -= item.num_new_tokens

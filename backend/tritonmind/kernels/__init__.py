@@ -8,6 +8,7 @@ from tritonmind.kernels.attention import (
     paged_prefill_attention,
 )
 from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.linear import gate_up, linear, product_variants
 from tritonmind.kernels.logit_edits import edit_logits
 from tritonmind.kernels.logprobs import TokenLogprobs, token_logprobs
 from tritonmind.kernels.norm import add_rms_norm, rms_norm
@@ -15,25 +16,26 @@ from tritonmind.kernels.philox import gumbel_noise, philox_uniform
 from tritonmind.kernels.rotary import rotary_kv_write
 from tritonmind.kernels.sampling import sample_tokens
 from tritonmind.kernels.sampling_state import PROMPT_FLAG, SamplingState
-from tritonmind.kernels.step_inputs import DecodeInputs, TokenInputs, prepare_decodes, prepare_tokens, write_block_tables
+from tritonmind.kernels.step_inputs import TokenInputs, prepare_tokens, write_block_tables
 
 __all__ = [
     "PREFILL_VARIANTS",
     "PROMPT_FLAG",
-    "DecodeInputs",
     "SamplingState",
     "TokenInputs",
     "TokenLogprobs",
     "add_rms_norm",
     "decode_variants",
     "edit_logits",
+    "gate_up",
     "gather_rows",
     "gumbel_noise",
+    "linear",
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",
-    "prepare_decodes",
     "prepare_tokens",
+    "product_variants",
     "rms_norm",
     "rotary_kv_write",
     "sample_tokens",

@@ -33,7 +33,7 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See norm.add_rms_norm."""
-    residual += x
+    residual += x.sum(0) if x.dim() == 3 else x
     return rms_norm(residual, weight, eps=eps, out=out), residual
 
 
@@ -58,6 +58,8 @@ def rotary_kv_write(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See rotary.rotary_kv_write."""
+    if qkv.dim() == 3:
+        qkv = qkv.sum(0).to(k_cache.dtype)
     num_tokens, half = len(qkv), head_dim // 2
     heads = qkv.view(num_tokens, -1, head_dim)
     cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)

@@ -64,6 +64,16 @@ def check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | Sequence[t
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, allowed))}")
 
 
+def check_values_or_partial_sums(
+    name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError unless `tensor` is [*shape] of this dtype, or [S, *shape] fp32: partial sums of such values."""
+    if tensor.dim() == 3 and tensor.shape[0]:
+        check_tensor(name, tensor, (tensor.shape[0], *shape), torch.float32, device)
+    else:
+        check_tensor(name, tensor, shape, dtype, device)
+
+
 def check_ndim(name: str, tensor: torch.Tensor, ndim: int) -> None:
     """Raise ValueError unless `tensor` has `ndim` dimensions."""
     if tensor.dim() != ndim:

@@ -3,7 +3,13 @@
 import torch
 
 from tritonmind.kernels import cpu
-from tritonmind.kernels.dispatch import FLOAT_DTYPES, check_ndim, check_tensor, use_triton
+from tritonmind.kernels.dispatch import (
+    FLOAT_DTYPES,
+    check_ndim,
+    check_tensor,
+    check_values_or_partial_sums,
+    use_triton,
+)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> None:
@@ -35,13 +41,19 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add x to residual in place, then normalise the sum as it is stored.
 
-    x, residual, out: [T, H], contiguous, of one dtype; out may be x but not residual. weight: [H].
+    x, residual, out: [T, H], contiguous, of one dtype; out may be x but not residual. weight: [H]. x may also be the
+    partial sums of a product, [S, T, H] fp32.
     Returns (out, residual). Raises ValueError for a wrong shape, dtype, device or layout.
     """
-    _check(x, weight, out)
-    check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+    check_ndim("residual", residual, 2)
+    shape, dtype, device = (len(residual), residual.shape[1]), weight.dtype, x.device
+    check_tensor("weight", weight, shape[1:], FLOAT_DTYPES, device)
+    check_tensor("residual", residual, shape, dtype, device)
+    check_values_or_partial_sums("x", x, shape, dtype, device)
+    if out is not None:
+        check_tensor("out", out, shape, dtype, device)
     if not use_triton(x):
         return cpu.add_rms_norm(x, residual, weight, eps=eps, out=out)
     from tritonmind.kernels import triton_norm
 
-    return triton_norm.rms_norm(x, residual, weight, eps, torch.empty_like(x) if out is None else out), residual
+    return triton_norm.rms_norm(x, residual, weight, eps, torch.empty_like(residual) if out is None else out), residual

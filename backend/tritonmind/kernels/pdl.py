@@ -2,9 +2,9 @@
 
 A launch with PDL overlaps its start with the end of the kernel before. Every kernel of such a chain calls `wait` before
 it reads or writes anything that another kernel may have written or still read, and `let_next_start` as soon as all of
-its programs may share the card with the next kernel's. One kernel without `wait` would break the chain: the kernel after
-it could start before what lies two kernels back has ended. Kernels of libraries take part as they are: nothing
-overlaps with them.
+its programs may share the card with the next kernel's. One kernel without `wait` would break the chain: the kernel
+after it could start before what lies two kernels back has ended. What is launched without PDL, as kernels of libraries
+are, starts when all before it has ended.
 """
 
 # mypy: disable-error-code="no-untyped-def"

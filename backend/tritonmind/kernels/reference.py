@@ -25,6 +25,18 @@ __all__ = [
 ]
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x W^T + b for x [T, K] and weight [N, K], in fp32, rounded once. Returns [T, N]."""
+    y = x.float() @ weight.float().t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for [gate | up] = x W^T, in fp32, rounded once. x [T, K], weight [2 * I, K]. Returns [T, I]."""
+    gate, up = (x.float() @ weight.float().t()).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight for rows of x [T, H]; rounds to x's dtype before the weight."""
     x32 = x.float()
@@ -35,9 +47,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add x to residual in place, then normalise the sum as it is stored. Returns (normed, residual), both [T, H]."""
-    residual.copy_((x.float() + residual.float()).to(residual.dtype))
+    """Add x to residual in place, then normalise the sum as it is stored. Returns (normed, residual), both [T, H].
+
+    x: [T, H], or partial sums [S, T, H].
+    """
+    residual.copy_((_summed(x) + residual.float()).to(residual.dtype))
     return rms_norm(residual, weight, eps=eps), residual
+
+
+def _summed(x: torch.Tensor) -> torch.Tensor:
+    """In fp32: x [T, N], or the sum of the partial sums x [S, T, N]."""
+    return x.float().sum(0) if x.dim() == 3 else x.float()
 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +85,11 @@ def rotary_kv_write(
     num_kv_heads: int,
     head_dim: int,
 ) -> torch.Tensor:
-    """Rotate q and k of each token, write k and v to slot block * block_size + offset. Returns q [T, H, D]."""
+    """Rotate q and k of each token, write k and v to slot block * block_size + offset. Returns q [T, H, D].
+
+    qkv: [T, W], or partial sums [S, T, W].
+    """
+    qkv = _summed(qkv).to(k_cache.dtype)
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     k = rotate(k, cos_sin, positions)
     block_size = k_cache.shape[2]

@@ -10,9 +10,11 @@ from tritonmind.kernels import cpu
 from tritonmind.kernels.dispatch import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
+    check_dtype,
     check_kv_pools,
     check_ndim,
     check_tensor,
+    check_values_or_partial_sums,
     use_triton,
 )
 
@@ -32,16 +34,22 @@ def rotary_kv_write(
 ) -> torch.Tensor:
     """Rotate q and k of every token and write its k and v to the page slot that slot_mapping names.
 
-    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], rows [q | k | v], contiguous. cos_sin: [max_pos, head_dim]
+    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], rows [q | k | v], contiguous, dtype of the caches; or the
+    partial sums of a product, [S, T, ...] fp32. cos_sin: [max_pos, head_dim]
     fp32, rows [cos | sin]. positions: [T] int64 or int32, below max_pos. slot_mapping: [T] int32, block * block_size +
-    offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of qkv,
-    updated in place.
+    offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], updated in place.
     out: [T, num_heads, head_dim]. Returns out, the rotated queries.
     Raises ValueError for a wrong shape, dtype, device or layout; position and slot values are the caller's promise.
     """
-    check_ndim("qkv", qkv, 2)
-    num_tokens, dtype, device = qkv.shape[0], qkv.dtype, qkv.device
-    check_tensor("qkv", qkv, (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), FLOAT_DTYPES, device)
+    if qkv.dim() == 3:
+        dtype = k_cache.dtype
+    else:
+        check_ndim("qkv", qkv, 2)
+        dtype = qkv.dtype
+    num_tokens, device = qkv.shape[-2], qkv.device
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    check_dtype("qkv" if qkv.dim() == 2 else "k_cache", qkv if qkv.dim() == 2 else k_cache, FLOAT_DTYPES)
+    check_values_or_partial_sums("qkv", qkv, (num_tokens, width), dtype, device)
     check_ndim("cos_sin", cos_sin, 2)
     check_tensor("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), torch.float32, device)
     check_tensor("positions", positions, (num_tokens,), INDEX_DTYPES, device)
@@ -59,5 +67,5 @@ def rotary_kv_write(
     from tritonmind.kernels import triton_rotary
 
     if out is None:
-        out = qkv.new_empty((num_tokens, num_heads, head_dim))
+        out = k_cache.new_empty((num_tokens, num_heads, head_dim))
     return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, out)

@@ -7,11 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
+
 MAX_BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    let_next_start(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -25,6 +29,8 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Launch on checked arguments; see activation.silu_mul."""
     num_tokens, width = out.shape
     if num_tokens:
-        block = min(triton.next_power_of_2(width), MAX_BLOCK)
-        _silu_mul_kernel[(num_tokens, triton.cdiv(width, block))](x, out, WIDTH=width, BLOCK=block, num_warps=4)
+        block, pdl = min(triton.next_power_of_2(width), MAX_BLOCK), use_pdl(x.device)
+        _silu_mul_kernel[(num_tokens, triton.cdiv(width, block))](
+            x, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
+        )
     return out

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
+
 MAX_BLOCK = 2048
 
 
@@ -17,7 +19,10 @@ def _gather_rows_kernel(
     out_ptr,  # [T, WIDTH]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait(PDL)
     target = tl.program_id(0).to(tl.int64) * WIDTH
     source = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64) * WIDTH
     for start in range(0, WIDTH, BLOCK):
@@ -30,6 +35,8 @@ def gather_rows(table: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> t
     """Launch on checked arguments; see gather.gather_rows."""
     num_rows, width = out.shape
     if out.numel():
-        block = min(triton.next_power_of_2(width), MAX_BLOCK)
-        _gather_rows_kernel[(num_rows,)](table, rows, out, WIDTH=width, BLOCK=block, num_warps=4)
+        block, pdl = min(triton.next_power_of_2(width), MAX_BLOCK), use_pdl(table.device)
+        _gather_rows_kernel[(num_rows,)](
+            table, rows, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
+        )
     return out

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
 from tritonmind.kernels.sampling_state import MIN_TEMPERATURE, PROMPT_FLAG, SamplingState
 from tritonmind.kernels.triton_filters import (
     ALIGNMENT,
@@ -78,7 +79,10 @@ def _score_kernel(
     NUM_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
     GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -141,7 +145,10 @@ def _choose_kernel(
     SEARCH_BLOCK: tl.constexpr,
     DRAW_BLOCK: tl.constexpr,
     GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
@@ -186,7 +193,7 @@ def sample_tokens(
     num_rows, vocab_size = logits.shape
     if not num_rows:
         return out
-    device = logits.device
+    device, pdl = logits.device, use_pdl(logits.device)
     num_blocks = triton.cdiv(vocab_size, SCORE_BLOCK)
     padded_vocab = triton.cdiv(vocab_size, ALIGNMENT.value) * ALIGNMENT.value
     groups_stride = num_blocks * (SCORE_BLOCK // GROUP)
@@ -199,13 +206,13 @@ def sample_tokens(
     _score_kernel[(num_rows, num_blocks)](
         logits, slots, positions, *state, block_best, scores, group_max,
         VOCAB=vocab_size, PADDED_VOCAB=padded_vocab, MAX_CANDIDATES=MAX_CANDIDATES, BLOCK=SCORE_BLOCK,
-        NUM_BLOCKS=num_blocks, GROUP=GROUP, GREEDY=greedy, num_warps=4,
+        NUM_BLOCKS=num_blocks, GROUP=GROUP, GREEDY=greedy, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
         slots, positions, *state, block_best, scores, group_max, candidate_ids, last_token_ids, out,
         VOCAB=vocab_size, PADDED_VOCAB=padded_vocab, NUM_BLOCKS=num_blocks,
         PADDED_BLOCKS=triton.next_power_of_2(num_blocks), NUM_GROUPS=triton.cdiv(vocab_size, GROUP),
         GROUPS_STRIDE=groups_stride, MAX_CANDIDATES=MAX_CANDIDATES, SEARCH_BLOCK=SEARCH_BLOCK, DRAW_BLOCK=DRAW_BLOCK,
-        GREEDY=greedy, num_warps=1 if greedy else 16,
+        GREEDY=greedy, PDL=pdl, num_warps=1 if greedy else 16, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from tritonmind.kernels import gate_up, linear, silu_mul
 
 
 class Linear(nn.Module):
@@ -40,14 +41,28 @@ class Linear(nn.Module):
             self._transposed = self.weight.t().contiguous()
             self.weight = None
 
-    def forward(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given."""
-        weight = self._transposed
-        if weight is None:
+    def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given.
+
+        partial_sums: the result may also be fp32 [num_parts, num_tokens, out_features], for the next kernel to add up.
+        """
+        if self._transposed is None:
             assert self.weight is not None
-            if out is None:
-                return F.linear(x, self.weight, self.bias)
-            weight = self.weight.t()
+            return linear(x, self.weight, self.bias, partial_sums=partial_sums, out=out)
         if self.bias is None:
-            return torch.mm(x, weight, out=out)
-        return torch.addmm(self.bias, x, weight, out=out)
+            return torch.mm(x, self._transposed, out=out)
+        return torch.addmm(self.bias, x, self._transposed, out=out)
+
+
+class GatedLinear(Linear):
+    """y = silu(x @ gate.T) * (x @ up.T), weight [gate | up]: [2 * out_features, in_features]."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(in_features, 2 * out_features, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype."""
+        if self._transposed is None:
+            assert self.weight is not None
+            return gate_up(x, self.weight)
+        return silu_mul(torch.mm(x, self._transposed))

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tritonmind.config import ModelConfig
-from tritonmind.kernels import gather_rows, silu_mul
+from tritonmind.kernels import gather_rows
 from tritonmind.layers.attention import Attention
-from tritonmind.layers.linear import Linear
+from tritonmind.layers.linear import GatedLinear, Linear
 from tritonmind.layers.norm import RMSNorm
 from tritonmind.layers.rotary import cos_sin_table
 from tritonmind.model_inputs import ModelInputs
@@ -22,7 +22,7 @@ KVCaches = SequenceABC[tuple[torch.Tensor, torch.Tensor]]
 class HiddenStates(NamedTuple):
     """What the layers leave of each token: the last one's output, and the residual stream that it is to be added to."""
 
-    x: torch.Tensor  # [num_tokens, hidden_size]
+    x: torch.Tensor  # [num_tokens, hidden_size], or partial sums of it
     residual: torch.Tensor  # [num_tokens, hidden_size]
 
 
@@ -39,7 +39,7 @@ class LlamaLayer(nn.Module):
         self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim)
         self.wo = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
         self.ffn_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
-        self.w13 = Linear(hidden, 2 * inter, bias=False, dtype=dtype, device=device)
+        self.w13 = GatedLinear(hidden, inter, dtype=dtype, device=device)
         self.w2 = Linear(inter, hidden, bias=False, dtype=dtype, device=device)
 
     def forward(
@@ -51,9 +51,11 @@ class LlamaLayer(nn.Module):
         kv_cache: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.attention_norm(x, residual)
-        x = self.wo(self.attention(self.w_qkv(x), cos_sin, inputs.positions, kv_cache, inputs.attention))
-        x, residual = self.ffn_norm(x, residual)
-        return self.w2(silu_mul(self.w13(x))), residual
+        # What comes out of w_qkv, wo and w2 may be partial sums: the kernel that reads it adds them up.
+        qkv = self.w_qkv(x, partial_sums=True)
+        x = self.attention(qkv, cos_sin, inputs.positions, kv_cache, inputs.attention)
+        x, residual = self.ffn_norm(self.wo(x, partial_sums=True), residual)
+        return self.w2(self.w13(x), partial_sums=True), residual
 
 
 class LlamaForCausalLM(nn.Module):
@@ -99,7 +101,8 @@ class LlamaForCausalLM(nn.Module):
         """Logits of the tokens in `rows`, of all for None, which uses `hidden` up."""
         x, residual = hidden
         if rows is not None:
-            x, residual = gather_rows(x, rows), gather_rows(residual, rows)
+            x = gather_rows(x, rows) if x.dim() == 2 else x.index_select(1, rows)
+            residual = gather_rows(residual, rows)
         x, _ = self.norm(x, residual)
         return self.output(x, out=out)
 

@@ -1,4 +1,4 @@
-"""What `tritonmind bench kernels` measures: one table, a line for each launcher and each matrix product of the model.
+"""What `tritonmind bench kernels` measures: one table, a line for each launcher and for each product of the model.
 
 A case says at one size how many bytes the operation cannot avoid to move and how much arithmetic it does, and makes
 its inputs. To add a kernel, write a function that gives a Case and list it in KERNELS.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tritonmind import kernels
-from tritonmind.layers.linear import Linear
+from tritonmind.layers.linear import GatedLinear, Linear
 from tritonmind_tools.bench.shapes import Shape
 
 BLOCK_SIZE = 64
@@ -24,7 +24,7 @@ EDITS_PER_ROW = 16
 NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: a list of sizes, and noise for the CPU; the card's is part of sample_tokens.
-NOT_MEASURED = {"decode_variants", "gumbel_noise", "philox_uniform"}
+NOT_MEASURED = {"decode_variants", "gumbel_noise", "philox_uniform", "product_variants"}
 
 
 class Setting(NamedTuple):
@@ -59,10 +59,10 @@ class Case(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """launcher: the name in tritonmind.kernels that a case measures, or None for a library's matrix product."""
+    """launcher: the name in tritonmind.kernels that a case measures."""
 
     name: str
-    launcher: str | None
+    launcher: str
     decode: bool
     prefill: bool
     case: Callable[[Setting, Point], Case]
@@ -187,7 +187,9 @@ def _prefill_attention(setting: Setting, point: Point) -> Case:
     return Case(_kv_bytes(setting, point) + 2 * q_bytes, 4 * num_pairs * shape.hidden_size, make)
 
 
-def _linear(in_features: Callable[[Shape], int], out_features: Callable[[Shape], int]) -> Callable[..., Case]:
+def _linear(
+    in_features: Callable[[Shape], int], out_features: Callable[[Shape], int], *, partial_sums: bool = True
+) -> Callable[..., Case]:
     def case(setting: Setting, point: Point) -> Case:
         rows, k, n = point.num_tokens, in_features(setting.shape), out_features(setting.shape)
 
@@ -197,11 +199,25 @@ def _linear(in_features: Callable[[Shape], int], out_features: Callable[[Shape],
             linear.weight.normal_()
             linear.finalize()
             x = _random(setting, rows, k)
-            return lambda: linear(x)
+            return lambda: linear(x, partial_sums=partial_sums)
 
         return Case((k * n + rows * (k + n)) * setting.dtype.itemsize, 2 * rows * k * n, make)
 
     return case
+
+
+def _gate_up(setting: Setting, point: Point) -> Case:
+    rows, k, n = point.num_tokens, setting.shape.hidden_size, setting.shape.intermediate_size
+
+    def make() -> Callable[[], object]:
+        linear = GatedLinear(k, n, dtype=setting.dtype, device=setting.device)
+        assert linear.weight is not None
+        linear.weight.normal_()
+        linear.finalize()
+        x = _random(setting, rows, k)
+        return lambda: linear(x)
+
+    return Case((2 * k * n + rows * (k + n)) * setting.dtype.itemsize, 4 * rows * k * n, make)
 
 
 def _gather_rows(setting: Setting, point: Point) -> Case:
@@ -306,15 +322,17 @@ KERNELS = (
     Kernel("gather_rows", "gather_rows", True, True, _gather_rows),
     Kernel("rms_norm", "rms_norm", True, True, _rms_norm),
     Kernel("add_rms_norm", "add_rms_norm", True, True, _add_rms_norm),
-    Kernel("w_qkv", None, True, True, _linear(lambda s: s.hidden_size, lambda s: s.qkv_size)),
+    Kernel("w_qkv", "linear", True, True, _linear(lambda s: s.hidden_size, lambda s: s.qkv_size)),
     Kernel("rotary_kv_write", "rotary_kv_write", True, True, _rotary_kv_write),
     Kernel("paged_decode_attention", "paged_decode_attention", True, False, _decode_attention),
     Kernel("paged_prefill_attention", "paged_prefill_attention", False, True, _prefill_attention),
-    Kernel("wo", None, True, True, _linear(lambda s: s.hidden_size, lambda s: s.hidden_size)),
-    Kernel("w13", None, True, True, _linear(lambda s: s.hidden_size, lambda s: 2 * s.intermediate_size)),
+    Kernel("wo", "linear", True, True, _linear(lambda s: s.hidden_size, lambda s: s.hidden_size)),
+    Kernel("w13", "gate_up", True, True, _gate_up),
     Kernel("silu_mul", "silu_mul", True, True, _silu_mul),
-    Kernel("w2", None, True, True, _linear(lambda s: s.intermediate_size, lambda s: s.hidden_size)),
-    Kernel("output", None, True, False, _linear(lambda s: s.hidden_size, lambda s: s.vocab_size)),
+    Kernel("w2", "linear", True, True, _linear(lambda s: s.intermediate_size, lambda s: s.hidden_size)),
+    Kernel(
+        "output", "linear", True, False, _linear(lambda s: s.hidden_size, lambda s: s.vocab_size, partial_sums=False)
+    ),
     Kernel("sample greedy", "sample_tokens", True, False, _sampling(greedy=True, temperature=0.0)),
     Kernel("sample temperature", "sample_tokens", True, False, _sampling()),
     Kernel("sample top-k top-p", "sample_tokens", True, False, _sampling(top_k=50, top_p=0.9)),
