@@ -18,8 +18,8 @@ from tests.workspaces import tiny_workspace
 
 from tritonmind_tools.bench import kernel_cases, machine
 from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
+from tritonmind_tools.bench.roofline import step_bytes
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
-from tritonmind_tools.bench.static import step_bytes
 from tritonmind_tools.bench.timing import seconds_per_call
 from tritonmind_tools.bench.trace import OTHER_GROUP, account, group_of, short_name
 from tritonmind_tools.cli import build_parser, main
@@ -48,7 +48,7 @@ def test_static_reports_each_batch_size(tmp_path: Path, capsys: pytest.CaptureFi
     assert_facts(results)
     assert (results["notes"]["preemptions"], results["notes"]["jit compiles"]) == ("0", "0 after ready")
     shown = capsys.readouterr().out
-    assert "batch   3  5/7" in shown and "preemptions: 0" in shown
+    assert "batch3_5_7" in shown and "preemptions: 0" in shown
 
 
 def assert_facts(results: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import kernels, profile, static
+from tritonmind_tools.bench import compare, kernels, plot, profile, static, throughput
 
 
 def register(commands: Any) -> None:
@@ -13,5 +13,8 @@ def register(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("bench", help="measure the engine")
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     static.register(kinds)
+    throughput.register(kinds)
+    compare.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
+    plot.register(kinds)

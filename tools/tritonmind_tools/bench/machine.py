@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -9,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,20 +62,18 @@ def copy_bandwidth(num_threads: int = 0) -> float:
     """Bytes per second that a large copy reads and writes, on the GPU or with these CPU threads: the best of some."""
     import torch
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or threads_before)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = min(_seconds(functools.partial(target.copy_, source), COPY_ROUNDS))
-    torch.set_num_threads(threads_before)
+    with _threads(num_threads):
+        source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        best = min(_seconds(functools.partial(target.copy_, source), COPY_ROUNDS))
     del source, target
     if device == "cuda":
         torch.cuda.empty_cache()
     return 2 * COPY_BYTES[device] / best
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, num_threads: int = 0) -> float:
     """Floating-point operations per second of a large square matrix product: the median of some.
 
     The median, because a card that computes hard for longer than a moment lowers its clock.
@@ -83,8 +82,24 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = MATMUL_SIZE[device]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / statistics.median(_seconds(functools.partial(torch.mm, left, right), MATMUL_ROUNDS)[1:])
+    with _threads(num_threads):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = statistics.median(_seconds(functools.partial(torch.mm, left, right), MATMUL_ROUNDS)[1:])
+    del left, right
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * size**3 / seconds
+
+
+@contextlib.contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    """So many threads of PyTorch's, 0 for as many as it has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    yield
+    torch.set_num_threads(before)
 
 
 def _seconds(run: Callable[[], object], num_rounds: int) -> list[float]:

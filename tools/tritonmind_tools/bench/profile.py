@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
 from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
+from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, weight_bytes
+from tritonmind_tools.bench.rounds import greedy_request, random_prompts
 from tritonmind_tools.bench.shapes import shape_name
-from tritonmind_tools.bench.static import DTYPE_BYTES, greedy_request, kv_bytes, random_prompts, weight_bytes
 
 if TYPE_CHECKING:
     from tritonmind.engine.core import EngineCore
@@ -48,11 +50,11 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "profile", help="where the time of a decode step goes", description=__doc__
     )
-    parser.add_argument("workspace", help="workspace, or the checkpoint of one")
+    add_model_options(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="sequences (default %(default)s)")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add_engine_options(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for chrome://tracing or Perfetto")
     parser.set_defaults(run=run)
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
-    source = open_model(args.workspace, dtype=args.dtype)
-    if args.context > source.model.max_position_embeddings:
+    source = open_model(model_path(args), dtype=args.dtype)
+    if args.shape is None and args.context > source.model.max_position_embeddings:
         raise ConfigError(
             f"--context={args.context} is more than the model's max_position_embeddings, "
             f"{source.model.max_position_embeddings}"
@@ -111,14 +113,13 @@ def _decoding_core(source: ModelSource, args: argparse.Namespace) -> tuple[Engin
     # The first request decodes while the others' prompts are computed; the margin is for steps in flight.
     num_prefill_steps = -(-args.batch_size * args.context // PREFILL_TOKENS)
     max_tokens = num_prefill_steps + NUM_WARM_UPS + 2 * args.steps + MARGIN_STEPS
-    config = source.engine_config(
-        enable_prefix_caching=False,
-        dtype=args.dtype,
+    overrides = engine_overrides(
+        args,
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=PREFILL_TOKENS + args.batch_size,
-        session_len=args.context + max_tokens,
+        max_model_len=args.context + max_tokens,
     )
-    core = EngineCore(source, config)
+    core = EngineCore(source, source.engine_config(**overrides))
     blocks_each = -(-(args.context + max_tokens) // core.info.block_size)
     num_blocks = args.batch_size * blocks_each
     if num_blocks > core.info.num_blocks:
@@ -126,7 +127,7 @@ def _decoding_core(source: ModelSource, args: argparse.Namespace) -> tuple[Engin
             f"--batch-size={args.batch_size} with --context={args.context} needs {num_blocks} blocks, "
             f"the KV cache has {core.info.num_blocks}; lower one of the two"
         )
-    for number, prompt in enumerate(random_prompts(source.model, args.batch_size, args.context)):
+    for number, prompt in enumerate(random_prompts(source.model, [args.context] * args.batch_size)):
         core.add(greedy_request(number, prompt, max_tokens))
     generated: dict[int, int] = defaultdict(int)
     num_more = NUM_WARM_UPS

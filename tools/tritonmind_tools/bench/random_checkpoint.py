@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -72,7 +73,7 @@ def hf_tensors(source: RandomModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"model.layers.{number}.{hf_name}.{kind}", part
 
 
-def hf_config(model: ModelConfig) -> dict[str, object]:
+def hf_config(model: ModelConfig) -> dict[str, Any]:
     """What a checkpoint's config.json says of `model`."""
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,244 +1,150 @@
-"""`tritonmind bench static`: a batch of equal requests, all at once, over a grid of batch sizes.
+"""`tritonmind bench static`: batches of equal requests, submitted all at once.
 
-Prompts are random token ids, decoding is greedy and goes on past eos, prefix caching is off. The figure is generated
-tokens over wall time, prefill included. The roofline of decoding is the time to read the weights and the batch's K
-and V once a step at the machine's copy bandwidth. With --transformers the same workload also runs in Hugging Face
-Transformers' `generate`, one request at a time, with the same number of threads.
+A grid of batch sizes; the rows that other engines are compared on (--grid peers); or decode steps alone, against the
+batch or the context (--sweep). The figure is generated tokens over wall time, prefill included; of a prefill row,
+prompt tokens over wall time; of a sweep's, generated tokens over the time of the steps in which all decode.
+
+The roofline of a step is the time to read the weights and the batch's K and V once at the machine's copy bandwidth,
+that of a prefill the time of its arithmetic at the rate of a large matrix product. --quick takes two minutes and holds
+the peers' rows against the last recorded ones of the same card.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import queue
-import random
-import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
-from tritonmind_tools.bench.shapes import shape_name
+from tritonmind_tools.bench import grid
+from tritonmind_tools.bench.measure import Plan, measure, print_rows
+from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
+from tritonmind_tools.bench.recorded import last_recorded, ratios
+from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
 
-if TYPE_CHECKING:
-    from tritonmind.config import ModelConfig
-    from tritonmind.engine.client import EngineClient
-    from tritonmind.messages import EngineRequest
-
-FIRST_PLAIN_TOKEN_ID = 3  # below lie special tokens in common vocabularies
-SEED = 0
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured cell. Times in seconds; tokens_per_second counts generated tokens, prefill time included.
-
-    workload to roofline_fraction are the columns that rows of all benchmarks share; value is tokens_per_second.
-    """
-
-    workload: str
-    shape: str
-    precision: str
-    value: float
-    unit: str
-    roofline_fraction: float
-    engine: str
-    batch_size: int
-    input_len: int
-    output_len: int
-    tokens_per_second: float
-    time_to_first_token: float
-    step_time: float
+BATCH_SIZES, INPUT_LEN, OUTPUT_LEN = "1,16", 128, 128
+ROUNDS, SWEEP_ROUNDS = 3, 1
+QUICK_WARM_UP_TOKENS = 8
+MAX_BATCH = 256  # of the peers' rows
 
 
 def register(kinds: Any) -> None:
     """Add `bench static`."""
     parser: argparse.ArgumentParser = kinds.add_parser(
-        "static", help="tokens per second of a batch of equal requests", description=__doc__
+        "static", help="tokens per second of batches of equal requests", description=__doc__
     )
-    parser.add_argument("workspace", help="workspace, or the checkpoint of one")
-    parser.add_argument("--batch-sizes", default="1,16", help="comma-separated (default %(default)s)")
-    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens of a request (default %(default)s)")
-    parser.add_argument("--output-len", type=int, default=128, help="tokens it generates (default %(default)s)")
+    add_model_options(parser)
+    parser.add_argument("--batch-sizes", help=f"comma-separated (default {BATCH_SIZES}; a sweep's 1 to 256)")
+    parser.add_argument("--input-len", type=int, help=f"prompt tokens of a request (default {INPUT_LEN})")
+    parser.add_argument("--output-len", type=int, help=f"tokens it generates (default {OUTPUT_LEN})")
+    parser.add_argument("--grid", choices=("peers",), help="the rows that other engines are compared on")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="measured rounds; the median counts (default %(default)s)"
+        "--sweep",
+        action="append",
+        choices=("batch", "context"),
+        help=f"decode steps: of 1 to 256 sequences of {grid.SWEEP_CONTEXT} tokens, of 1 and 8 of 128 to 32768",
     )
-    parser.add_argument("--num-threads", type=int, default=0, help="CPU threads, 0 for PyTorch's choice")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--max-context", type=int, default=grid.SWEEP_CONTEXTS[-1], help="of a sweep (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="the peers' rows in two minutes, beside the last recorded")
+    parser.add_argument("--fail-below", type=float, metavar="RATIO", help="of --quick: exit status 1 for a lower ratio")
     parser.add_argument(
-        "--transformers", metavar="CHECKPOINT", help="compare with Transformers: a folder or .gguf file"
+        "--rounds", type=int, help=f"measured rounds; the median counts (default {ROUNDS}, of a sweep {SWEEP_ROUNDS})"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_engine_options(parser)
+    add_output_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON."""
-    from tritonmind.engine.launch import start_engine
-    from tritonmind.model_source import open_model
-    from tritonmind_tools.bench import machine
-
-    batch_sizes = positive_numbers("--batch-sizes", args.batch_sizes)
-    model = open_model(args.workspace).model
-    report = Report(args.json)
-    bandwidth = machine.copy_bandwidth(args.num_threads)
-    report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
-    report.notes["workload"] = f"greedy, ignore_eos, random ids, prefix caching off, median of {args.rounds} rounds"
-    rows = []
-    overrides: dict[str, object] = {
-        "enable_prefix_caching": False,
-        "num_threads": args.num_threads,
-        "dtype": args.dtype,
-        "max_num_seqs": max(batch_sizes),
-        "session_len": args.input_len + args.output_len,
-    }
-    client = start_engine(args.workspace, overrides)
-    try:
-        report.notes["engine"] = f"{client.info.device} {client.info.dtype}, {client.info.memory_plan}"
-        for batch_size in batch_sizes:
-            rounds = [_round(client, model, batch_size, args) for _ in range(args.rounds + 1)][1:]  # the first warms up
-            rows.append(_row(model, client.info.dtype, batch_size, args, rounds, bandwidth))
-            _print_row(rows[-1])
-        stats = client.stats()
-        report.notes["preemptions"] = str(stats.num_preemptions)
-        report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
-    finally:
-        client.shutdown()
-    if args.transformers:
-        rows.append(_transformers_row(model, args, bandwidth))
-        _print_row(rows[-1])
+    """Measure, print a table, write files. 1 when --fail-below was not reached, else 0. Raises ConfigError."""
+    started = time.monotonic()
+    _check(args)
+    report = Report.from_args(args)
+    recorded = last_recorded(Path(args.results), report.facts["card"]) if args.quick else {}
+    rows = measure(args, report, _plan(args)).rows
+    entries = [dataclasses.asdict(row) for row in rows]
+    if not args.quick:
+        print_rows(rows)
+        report.print_facts()
+        report.write(entries)
+        return 0
+    found = dict(zip((row.workload for row in rows), ratios(entries, recorded), strict=True))
+    print_rows(rows, {"of recorded": lambda row: _percent(found[row.workload])})
+    report.notes["quick"] = f"{time.monotonic() - started:.0f} s in all; never recorded"
     report.print_facts()
-    report.write_json([dataclasses.asdict(row) for row in rows])
-    return 0
+    report.write([{**entry, "ratio": found[entry["workload"]]} for entry in entries])
+    return _verdict(found, args.fail_below)
 
 
-@dataclass(frozen=True)
-class _Round:
-    wall: float
-    first: float
+def _verdict(found: dict[str, float | None], fail_below: float | None) -> int:
+    """Say what is below the limit. Exit status."""
+    if not any(found.values()):
+        print("\nnothing is recorded for these workloads on this card: `bench static --grid peers --record` does it")
+    if fail_below is None:
+        return 0
+    below = [f"{name} {_percent(ratio)}" for name, ratio in found.items() if ratio is not None and ratio < fail_below]
+    if below:
+        print(f"\nbelow {_percent(fail_below)} of the last recorded: {', '.join(below)}")
+    return 1 if below or not any(found.values()) else 0
 
 
-def _round(client: EngineClient, model: ModelConfig, batch_size: int, args: argparse.Namespace) -> _Round:
-    from tritonmind.messages import TokenOutput
-
-    outputs: queue.SimpleQueue[tuple[float, TokenOutput]] = queue.SimpleQueue()
-    started = time.perf_counter()
-    for prompt in random_prompts(model, batch_size, args.input_len):
-        request = greedy_request(client.next_request_id(), prompt, args.output_len)
-        client.submit(request, lambda output: outputs.put((time.perf_counter(), output)))
-    first: dict[int, float] = {}
-    num_tokens, num_finished, now = 0, 0, started
-    while num_finished < batch_size:
-        now, output = outputs.get()
-        if output.error is not None:
-            raise ConfigError(f"the engine failed during the measurement: {output.error}")
-        first.setdefault(output.request_id, now - started)
-        num_tokens += len(output.token_ids)
-        num_finished += output.finish_reason is not None
-    assert num_tokens == batch_size * args.output_len
-    return _Round(wall=now - started, first=statistics.mean(first.values()))
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1%}"
 
 
-def _transformers_row(model: ModelConfig, args: argparse.Namespace, bandwidth: float) -> Row:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    path = Path(args.transformers)
-    source = {"gguf_file": path.name} if path.is_file() else {}
-    where = path.parent if path.is_file() else path
-    reference = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source).eval()
-    prompt = torch.tensor(random_prompts(model, 1, args.input_len))
-
-    def generate(num_tokens: int) -> float:
-        started = time.perf_counter()
-        with torch.inference_mode():
-            result = reference.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, min_new_tokens=num_tokens,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-        assert result.shape[1] == prompt.shape[1] + num_tokens
-        return time.perf_counter() - started
-
-    generate(args.output_len)
-    rounds = [_Round(wall=generate(args.output_len), first=generate(1)) for _ in range(args.rounds)]
-    row = _row(model, "float32", 1, args, rounds, bandwidth)
-    return dataclasses.replace(row, engine="Transformers generate")
+def _check(args: argparse.Namespace) -> None:
+    """Options that exclude or need each other, and their ranges. Raises ConfigError."""
+    model_path(args)
+    for name in ("input_len", "output_len", "rounds", "max_context"):
+        value = getattr(args, name)
+        if value is not None:
+            positive_numbers(f"--{name.replace('_', '-')}", str(value))
+    fixed = [f"--{name}" for name in ("grid", "quick") if getattr(args, name)]
+    if len(fixed) > 1 or (fixed and args.sweep):
+        raise ConfigError(f"{' and '.join([*fixed, *(['--sweep'] if args.sweep else [])])}: give one of them")
+    for name in ("batch_sizes", "input_len", "output_len"):
+        if getattr(args, name) is not None and (fixed or (args.sweep and name == "output_len")):
+            option = f"--{name.replace('_', '-')}={getattr(args, name)}"
+            raise ConfigError(f"{option}: {(fixed or ['--sweep'])[0]} has its own; leave one of them out")
+    if args.fail_below is not None and not args.quick:
+        raise ConfigError(f"--fail-below={args.fail_below:g} needs --quick, whose ratios it looks at")
+    if args.quick and args.record:
+        raise ConfigError("--record: a --quick run is too short to be recorded; leave one of them out")
 
 
-def _row(
-    model: ModelConfig, dtype: str, batch_size: int, args: argparse.Namespace, rounds: list[_Round], bandwidth: float
-) -> Row:
-    wall = statistics.median(r.wall for r in rounds)
-    first = statistics.median(r.first for r in rounds)
-    step_time = (wall - first) / max(1, args.output_len - 1)
-    mean_context = args.input_len + args.output_len / 2
-    ideal = step_bytes(model, DTYPE_BYTES[dtype], batch_size, mean_context) / bandwidth
-    tokens_per_second = batch_size * args.output_len / wall
-    return Row(
-        workload=f"batch{batch_size}_{args.input_len}_{args.output_len}",
-        shape=shape_name(model),
-        precision=PRECISIONS[dtype],
-        value=tokens_per_second,
-        unit="tok/s",
-        roofline_fraction=ideal / step_time if step_time else 0.0,
-        engine="tritonmind",
-        batch_size=batch_size,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        tokens_per_second=tokens_per_second,
-        time_to_first_token=first,
-        step_time=step_time,
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.quick:
+        return Plan(grid.peers(), args.rounds or 1, MAX_BATCH, warm_up_tokens=QUICK_WARM_UP_TOKENS)
+    if args.grid:
+        return Plan(grid.peers(), args.rounds or ROUNDS, MAX_BATCH)
+    if args.sweep:
+        workloads = _sweep(args)
+        largest = max(len(workload.lengths) for workload in workloads)
+        return Plan(workloads, args.rounds or SWEEP_ROUNDS, largest, warm_up_tokens=QUICK_WARM_UP_TOKENS)
+    batch_sizes = positive_numbers("--batch-sizes", BATCH_SIZES if args.batch_sizes is None else args.batch_sizes)
+    lengths = args.input_len or INPUT_LEN, args.output_len or OUTPUT_LEN
+    return Plan([grid.batch(size, *lengths) for size in batch_sizes], args.rounds or ROUNDS, max(batch_sizes))
+
+
+def _sweep(args: argparse.Namespace) -> list[grid.Workload]:
+    """Each pair of batch and context once, with answers long enough for the steps that the engine needs for prompts."""
+    from tritonmind.engine.core import resolve_limits
+    from tritonmind.model_source import open_model
+
+    pairs: list[tuple[int, int]] = []
+    if "batch" in args.sweep:
+        sizes = positive_numbers("--batch-sizes", args.batch_sizes) if args.batch_sizes else grid.SWEEP_BATCHES
+        pairs += [(size, args.input_len or grid.SWEEP_CONTEXT) for size in sizes]
+    if "context" in args.sweep:
+        contexts = [context for context in grid.SWEEP_CONTEXTS if context <= args.max_context]
+        pairs += [(size, context) for size in grid.CONTEXT_BATCHES for context in contexts]
+    if not pairs:
+        raise ConfigError(f"--max-context={args.max_context} leaves nothing of the sweep, which begins at 128")
+    max_num_seqs = max(size for size, _ in pairs)
+    overrides = engine_overrides(
+        args, max_num_seqs=max_num_seqs, max_model_len=max(context for _, context in pairs) + 2
     )
-
-
-def step_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: float) -> float:
-    """Fewest bytes one decode step must read: every weight once, and K and V of each sequence."""
-    return weight_bytes(model, dtype_bytes) + kv_bytes(model, dtype_bytes, batch_size, context)
-
-
-def weight_bytes(model: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of the weights that a decode step multiplies with."""
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = model.hidden_size * (qkv + model.num_heads * model.head_dim + 3 * model.intermediate_size)
-    return dtype_bytes * (model.num_layers * layer + model.vocab_size * model.hidden_size)
-
-
-def kv_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: float) -> float:
-    """Bytes of K and V of a batch of sequences with `context` tokens each."""
-    return dtype_bytes * batch_size * context * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-
-
-def random_prompts(model: ModelConfig, batch_size: int, length: int) -> list[list[int]]:
-    """The same prompts in every run: `batch_size` of `length` token ids."""
-    draw = random.Random(SEED)
-    return [[draw.randrange(FIRST_PLAIN_TOKEN_ID, model.vocab_size) for _ in range(length)] for _ in range(batch_size)]
-
-
-def greedy_request(request_id: int, prompt: list[int], max_tokens: int) -> EngineRequest:
-    """A request that takes the likeliest token `max_tokens` times, whatever it is."""
-    from tritonmind.messages import EngineRequest
-
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt,
-        max_tokens=max_tokens,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        stop_token_ids=[],
-    )
-
-
-def _print_row(row: Row) -> None:
-    print(
-        f"{row.engine:>22}  batch {row.batch_size:>3}  {row.input_len}/{row.output_len}  "
-        f"{row.tokens_per_second:8.1f} tok/s  TTFT {row.time_to_first_token * 1e3:7.0f} ms  "
-        f"step {row.step_time * 1e3:7.2f} ms  {row.roofline_fraction:5.0%} of the decode roofline",
-        flush=True,
-    )
+    limits = resolve_limits(open_model(model_path(args), dtype=args.dtype).engine_config(**overrides))
+    return [grid.steps(*pair, limits.max_num_batched_tokens) for pair in dict.fromkeys(pairs)]

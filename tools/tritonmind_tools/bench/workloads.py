@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tritonmind.errors import ConfigError
 
 FILES = Path(__file__).resolve().parent / "workload_files"
 COLUMNS = ("prompt_tokens", "output_tokens")
+# Of ShareGPT's conversations the first question and answer are taken, if they are neither trivial nor too long.
+MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 1024, 2048
+
+CountTokens = Callable[[str], int]
 
 
-def read_workload(name_or_path: str) -> list[tuple[int, int]]:
+def read_workload(name_or_path: str, count_tokens: CountTokens | None = None) -> list[tuple[int, int]]:
     """Prompt and answer tokens of each request, in the file's order.
 
-    name_or_path: mix1000, sharegpt3000, or a CSV file with the columns prompt_tokens and output_tokens. Raises
-    ConfigError naming the file, and the line of it that is wrong.
+    name_or_path: mix1000, sharegpt3000, a CSV file with the columns prompt_tokens and output_tokens, or ShareGPT's
+    conversations as JSON, whose texts count_tokens measures. Raises ConfigError naming the file, and the line of it
+    that is wrong.
     """
     shipped = FILES / f"{name_or_path}.csv"
     path = shipped if shipped.parent == FILES and shipped.is_file() else Path(name_or_path)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in FILES.glob("*.csv")))
         raise ConfigError(f"--workload={name_or_path!r} is no file and none of {names}")
-    return _read_csv(path)
+    return _read_sharegpt(path, count_tokens) if path.suffix == ".json" else _read_csv(path)
 
 
 def _read_csv(path: Path) -> list[tuple[int, int]]:
@@ -40,3 +49,49 @@ def _read_csv(path: Path) -> list[tuple[int, int]]:
     if not requests:
         raise ConfigError(f"{path} names no requests")
     return requests
+
+
+def _read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[tuple[int, int]]:
+    if count_tokens is None:
+        raise ConfigError(f"{path} holds texts: a tokenizer must count their tokens; name one with --tokenizer DIR")
+    requests = []
+    num_conversations = 0
+    for conversation in _conversations(path):
+        turns = conversation.get("conversations") if isinstance(conversation, dict) else None
+        values = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [value for value in values if isinstance(value, str)]
+        num_conversations += 1
+        if len(texts) == 2:
+            prompt, answer = map(count_tokens, texts)
+            if min(prompt, answer) >= MIN_TOKENS and prompt <= MAX_PROMPT_TOKENS and prompt + answer <= MAX_TOKENS:
+                requests.append((prompt, answer))
+    if not requests:
+        raise ConfigError(
+            f"{path}: none of {num_conversations} entries is a conversation of ShareGPT with a question of "
+            f"{MIN_TOKENS} to {MAX_PROMPT_TOKENS} tokens, and an answer that make at most {MAX_TOKENS} together"
+        )
+    return requests
+
+
+def _conversations(path: Path) -> Iterator[Any]:
+    """Entries of the file's array, one by one; of a file that is cut off, those that are whole."""
+    try:
+        import ijson
+    except ImportError:
+        try:
+            entries = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is no whole JSON ({error}); with pip install ijson what is whole of it can be read"
+            ) from None
+        if not isinstance(entries, list):
+            raise ConfigError(f"{path} holds no JSON array of conversations") from None
+        yield from entries
+        return
+    with path.open("rb") as file:
+        try:
+            yield from ijson.items(file, "item")
+        except ijson.IncompleteJSONError:
+            print(f"{path} is cut off: what is whole of it is taken", file=sys.stderr)
+        except ijson.JSONError as error:
+            raise ConfigError(f"{path} is no JSON: {error}") from None

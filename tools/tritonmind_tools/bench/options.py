@@ -1,0 +1,92 @@
+"""Options that the measurements of an engine share: the model, and how its engine is configured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tritonmind.config_ini import SETTINGS
+from tritonmind.errors import ConfigError
+from tritonmind.random_model import PREFIX, SHAPES
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, or the checkpoint of one") -> None:
+    """The model: a positional path, or --shape."""
+    parser.add_argument("workspace", nargs="?", help=what)
+    parser.add_argument(
+        "--shape", type=_shape, choices=sorted(SHAPES), help="random weights of this shape instead, without any files"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--dtype, --num-threads and --engine-options."""
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--num-threads", type=int, default=0, help="CPU threads, 0 for PyTorch's choice")
+    parser.add_argument(
+        "--engine-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of config.ini or of the engine, over those of the measurement",
+    )
+
+
+def model_path(args: argparse.Namespace) -> str:
+    """What start_engine and open_model take. Raises ConfigError unless exactly one of path and shape is given."""
+    if (args.workspace is None) == (args.shape is None):
+        raise ConfigError("give either a workspace (or checkpoint) or --shape NAME, and not both")
+    return str(args.workspace) if args.shape is None else PREFIX + args.shape
+
+
+def token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:
+    """How many tokens a text has: by the tokenizer in --tokenizer, else by the model's own; None where there is none.
+
+    Raises CheckpointError for a folder without one.
+    """
+    from tritonmind.model_source import open_model
+    from tritonmind.tokenizer import Tokenizer
+
+    if not args.tokenizer and args.shape is not None:
+        return None
+    tokenizer = Tokenizer.from_dir(Path(args.tokenizer) if args.tokenizer else open_model(args.workspace).tokenizer_dir)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def engine_overrides(args: argparse.Namespace, **own: object) -> dict[str, object]:
+    """Overrides for the engine: `own`, which a measurement needs, and over them --engine-options.
+
+    Raises ConfigError for an option that is not of the form key=value; the engine's configuration checks the rest.
+    """
+    overrides = {
+        "enable_prefix_caching": False,
+        # The check would still run when the first request of a round comes.
+        "check_integrity_when_idle": False,
+        "num_threads": args.num_threads,
+        "dtype": args.dtype,
+        **own,
+    }
+    return overrides | key_values(args.engine_options)
+
+
+def key_values(options: Sequence[str]) -> dict[str, str]:
+    """--engine-options by the names of the configuration's fields, whichever of its two names each was given."""
+    chosen: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--engine-options={option!r} must be like max_context_token_num=8192")
+        name = SETTINGS[key][1] if key in SETTINGS else key
+        if name in chosen:
+            raise ConfigError(f"--engine-options: {key} is given twice")
+        chosen[name] = value
+    return chosen
+
+
+def _shape(text: str) -> str:
+    """The known shape that is spelt so, hyphens apart: llama2-7b is llama-2-7b."""
+    known = {name.replace("-", ""): name for name in SHAPES}
+    return known.get(text.replace("-", ""), text)

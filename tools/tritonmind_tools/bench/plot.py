@@ -1,0 +1,236 @@
+"""`tritonmind bench plot`: recorded results as PNGs, each against its roofline.
+
+Step time against batch and against context (`bench static --sweep`), the share of the roofline of each row (`bench
+static`, `bench throughput`), throughput and latency against offered load (`bench serving --rates`). Of several results
+for one row the newest is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.recorded import OUR_ENGINE, read_results, row_key
+
+DPI = 150
+SIZE = (8.0, 5.0)  # inches
+COLOURS = ("#1f6fb4", "#d9651a", "#2f9245", "#8a4fb0", "#b8860b", "#c23b5a")
+GREY = "#777777"
+MAX_MS_SPAN = 20  # beyond this ratio of largest to least step time the axis is logarithmic
+
+_STEP_ROW = re.compile(r"decode_batch(\d+)_context(\d+)")
+
+Row = Mapping[str, Any]
+
+
+class Series(NamedTuple):
+    """One line: its name and rows by what they are drawn against."""
+
+    name: str
+    points: dict[float, Row]
+
+
+def register(kinds: Any) -> None:
+    """Add `bench plot`."""
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        "plot", help="draw PNGs of results that were written as JSON", description=__doc__
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULT.json", help="what --json or --record wrote")
+    parser.add_argument("--plot", metavar="DIR", required=True, help="where the PNGs go")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and name the files. Raises ConfigError for a file without results, or with none that can be drawn."""
+    require_matplotlib()
+    paths = draw([read_results(Path(name)) for name in args.results], Path(args.plot))
+    if not paths:
+        raise ConfigError(f"{', '.join(args.results)}: no rows of static, throughput or serving --rates to draw")
+    for path in paths:
+        print(path)
+    return 0
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'tritonmind[bench]'; or draw --json's file elsewhere")
+
+
+def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """Draw what there is to draw of these results. Returns the files."""
+    rows = newest_rows(results)
+    cards = ", ".join(dict.fromkeys(str(result["card"]) for result in results))
+    commits = ", ".join(dict.fromkeys(str(result.get("commit", "")) for result in results))
+    directory.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[list[Row], Any], bool]] = {
+        "step_time_by_batch": _by_batch,
+        "step_time_by_context": _by_context,
+        "roofline": _roofline,
+        "offered_load": _offered_load,
+    }
+    paths = []
+    for name, drawing in drawings.items():
+        figure = _figure()
+        if drawing(rows, figure):
+            figure.text(0.99, 0.01, f"{cards} · tritonmind {commits}", ha="right", va="bottom", size=7, color=GREY)
+            paths.append(directory / f"{name}.png")
+            figure.savefig(paths[-1], dpi=DPI)
+    return paths
+
+
+def newest_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Every row once, in the order of the results, its figures those of the newest one."""
+    rows: dict[tuple[str, ...], tuple[datetime, Row]] = {}
+    for result in results:
+        date = datetime.fromisoformat(result["date"])
+        for row in result["rows"]:
+            key = (result["card"], *row_key(row))
+            if key not in rows or rows[key][0] <= date:
+                rows[key] = date, row
+    return [row for _, row in rows.values()]
+
+
+def _figure() -> Any:
+    # Without pyplot: no window system, no state shared between figures.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=SIZE, layout="constrained")
+
+
+def _axes(figure: Any, title: str, x_label: str, y_label: str, position: int = 111) -> Any:
+    axes = figure.add_subplot(position)
+    axes.set_title(title, loc="left", size=11, weight="bold")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _model(row: Row) -> str:
+    return f"{row.get('shape', '')} {row.get('precision', '')}".strip()
+
+
+def _series(rows: Iterable[Row], name: Callable[[Row], str], x: Callable[[Row], float]) -> list[Series]:
+    """Rows by name and, within it, by x; lines of a single point are left out."""
+    lines: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        lines.setdefault(name(row), {})[x(row)] = row
+    return [Series(key, dict(sorted(points.items()))) for key, points in lines.items() if len(points) > 1]
+
+
+def _sizes(row: Row) -> tuple[int, int]:
+    """Batch and context of a row of decode steps."""
+    match = _STEP_ROW.fullmatch(row["workload"])
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _by_batch(rows: list[Row], figure: Any) -> bool:
+    steps = [row for row in rows if _STEP_ROW.fullmatch(row["workload"])]
+    lines = _series(steps, lambda row: f"{_model(row)}, context {_sizes(row)[1]}", lambda row: _sizes(row)[0])
+    # Two batches of every context are no curve: those of the sweep over contexts.
+    longest = max((len(line.points) for line in lines), default=0)
+    lines = [line for line in lines if len(line.points) == longest or len(line.points) > 2]
+    return _step_times(figure, lines, "Decode step time against batch", "sequences in the batch")
+
+
+def _by_context(rows: list[Row], figure: Any) -> bool:
+    steps = [row for row in rows if _STEP_ROW.fullmatch(row["workload"])]
+    lines = _series(steps, lambda row: f"{_model(row)}, batch {_sizes(row)[0]}", lambda row: _sizes(row)[1])
+    return _step_times(figure, lines, "Decode step time against context", "tokens of each sequence")
+
+
+def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> bool:
+    if not lines:
+        return False
+    axes = _axes(figure, title, x_label, "ms a step")
+    highest, lowest = 0.0, float("inf")
+    for line, colour in zip(lines, _colours(len(lines)), strict=True):
+        xs = list(line.points)
+        times = [row["step_time"] * 1e3 for row in line.points.values()]
+        ideal = [row["step_time"] * row["roofline_fraction"] * 1e3 for row in line.points.values()]
+        axes.plot(xs, times, marker="o", markersize=4, color=colour, label=line.name)
+        axes.plot(xs, ideal, linestyle="--", linewidth=1.2, color=colour, label=f"{line.name}: roofline")
+        highest, lowest = max(highest, *times), min(lowest, *ideal)
+    ticks = sorted({x for line in lines for x in line.points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    if highest > MAX_MS_SPAN * lowest:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+def _roofline(rows: list[Row], figure: Any) -> bool:
+    shown = [row for row in rows if row.get("unit") in ("tok/s", "req/s") and row.get("roofline_fraction")]
+    shown = [row for row in shown if not _STEP_ROW.fullmatch(row["workload"]) and "rate" not in row]
+    if not shown:
+        return False
+    models = list(dict.fromkeys((_model(row), str(row.get("engine", OUR_ENGINE))) for row in shown))
+    figure.set_size_inches(SIZE[0], 1.4 + 0.32 * len(shown))
+    axes = _axes(figure, "Share of the roofline", "%", "")
+    axes.grid(False, axis="y")
+    for (model, engine), colour in zip(models, _colours(len(models)), strict=True):
+        numbers = [
+            number
+            for number, row in enumerate(shown)
+            if (_model(row), str(row.get("engine", OUR_ENGINE))) == (model, engine)
+        ]
+        shares = [100 * shown[number]["roofline_fraction"] for number in numbers]
+        bars = axes.barh(numbers, shares, height=0.7, color=colour, label=f"{model}, {engine}")
+        labels = [f"{_figures(shown[number]['value'])} {shown[number]['unit']}" for number in numbers]
+        axes.bar_label(bars, labels, padding=4, size=8)
+    axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2)
+    axes.set_yticks(range(len(shown)), [row["workload"] for row in shown], size=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(125.0, *(115 * row["roofline_fraction"] for row in shown)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
+    return True
+
+
+def _offered_load(rows: list[Row], figure: Any) -> bool:
+    lines = _series(
+        [row for row in rows if "rate" in row],
+        lambda row: f"{_model(row)}, {re.sub(r'_rate[0-9.]+$', '', row['workload'])}",
+        lambda row: float(row["rate"]),
+    )
+    if not lines:
+        return False
+    figure.set_size_inches(SIZE[0], 1.6 * SIZE[1])
+    served = _axes(figure, "Throughput against offered load", "offered req/s", "completed req/s", 211)
+    waited = _axes(figure, "Time to the first token", "offered req/s", "ms", 212)
+    for line, colour in zip(lines, _colours(len(lines)), strict=True):
+        xs = list(line.points)
+        served.plot(xs, [row["value"] for row in line.points.values()], marker="o", color=colour, label=line.name)
+        for percent, style in ((50, "-"), (99, "--")):
+            times = [1e3 * row[f"time_to_first_token_p{percent}"] for row in line.points.values()]
+            waited.plot(xs, times, style, marker="o", markersize=4, color=colour, label=f"{line.name}: p{percent}")
+    longest = max(x for line in lines for x in line.points)
+    served.plot([0, longest], [0, longest], "--", color=GREY, linewidth=1.2, label="all that is offered")
+    served.set_xlim(left=0)
+    served.set_ylim(bottom=0)
+    waited.set_xlim(left=0)
+    waited.set_yscale("log")
+    for axes in (served, waited):
+        axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+def _figures(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
