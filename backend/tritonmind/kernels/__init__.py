@@ -16,11 +16,18 @@ from tritonmind.kernels.philox import gumbel_noise, philox_uniform
 from tritonmind.kernels.rotary import rotary_kv_write
 from tritonmind.kernels.sampling import sample_tokens
 from tritonmind.kernels.sampling_state import PROMPT_FLAG, SamplingState
-from tritonmind.kernels.step_inputs import TokenInputs, prepare_tokens, write_block_tables
+from tritonmind.kernels.step_inputs import (
+    DecodeInputs,
+    TokenInputs,
+    prepare_decodes,
+    prepare_tokens,
+    write_block_tables,
+)
 
 __all__ = [
     "PREFILL_VARIANTS",
     "PROMPT_FLAG",
+    "DecodeInputs",
     "SamplingState",
     "TokenInputs",
     "TokenLogprobs",
@@ -34,6 +41,7 @@ __all__ = [
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",
+    "prepare_decodes",
     "prepare_tokens",
     "product_variants",
     "rms_norm",
