@@ -1,152 +1,169 @@
-"""Compile every kernel for sm_90 without a GPU, with the arguments its launcher passes, and report its resources.
+"""Compile the kernels for cards that are not there, with what their launchers pass, and say what came out.
 
-Run as a program, without TRITON_INTERPRET: prints one JSON object a line. test_compile.py reads them.
+Run as a program, without TRITON_INTERPRET: prints one JSON object a line. test_compile.py reads them. With --one each
+kernel is compiled once an architecture, for the first of its cases in compile_cases.py; else for all of them.
 """
 
+from __future__ import annotations
+
+import argparse
+import importlib
 import inspect
 import json
-import re
-import subprocess
+import multiprocessing
+import os
+import pkgutil
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from tritonmind.kernels import (
-    SamplingState,
-    triton_activation,
-    triton_attention,
-    triton_gather,
-    triton_logit_edits,
-    triton_logprobs,
-    triton_norm,
-    triton_rotary,
-    triton_sampling,
-    triton_step_inputs,
-)
+from tests.kernels import sass
+from tests.kernels.compile_cases import cases, target_cards
+from tritonmind import kernels
+from tritonmind.kernels import pdl, tuning
+from tritonmind.kernels.tile_table import Card
 
-TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
+    torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
-class Compiler:
-    """Stands in for a jit function in its module: a launch compiles and reports instead."""
+class Job(NamedTuple):
+    """One compilation. options: num_warps and the like."""
 
-    def __init__(self, module: Any, name: str) -> None:
-        self.kernel = getattr(module, name)
-        self.name = name
-        self.label = ""
-        setattr(module, name, self)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.compile
-
-    def compile(self, *args: Any, num_warps: int, num_stages: int = 3, **constexprs: Any) -> None:
-        values = inspect.signature(self.kernel.fn).bind(*args, **constexprs).arguments
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        aligned: dict[tuple[int], list[list[Any]]] = {}
-        for index, param in enumerate(self.kernel.params):
-            value = values[param.name]
-            if param.is_constexpr or value is None:
-                signature[param.name] = "constexpr"
-                constants[param.name] = value
-            elif isinstance(value, torch.Tensor):
-                signature[param.name] = TYPES[value.dtype]
-                if not param.do_not_specialize_on_alignment:
-                    aligned[(index,)] = [["tt.divisibility", 16]]
-            else:
-                signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
-        report = {"kernel": self.name, "case": self.label, **resources(compiled.asm["cubin"])}
-        print(json.dumps({**report, "shared": compiled.metadata.shared}), flush=True)
+    kernel: str
+    case: str
+    source: ASTSource
+    constants: dict[str, Any]
+    options: dict[str, Any]
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack and local memory: more than none of these is a spill."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text.stdout + text.stderr)
-    assert match, f"cuobjdump says no resources: {text.stdout}{text.stderr}"
-    return dict(zip(("registers", "stack", "local"), map(int, match.groups()), strict=True))
+class Recorder:
+    """Stands in for the kernels of a module: a launch is written down instead."""
+
+    def __init__(self) -> None:
+        self.case = ""
+        self.jobs: dict[str, Job] = {}
+
+    def replace(self, module: ModuleType, name: str) -> None:
+        setattr(module, name, _Launchable(getattr(module, name), self.add))
+
+    def add(self, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = {param.name for param in kernel.params}
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        constexprs = {name: value for name, value in kwargs.items() if name in names}
+        source = source_of(kernel, inspect.signature(kernel.fn).bind(*args, **constexprs).arguments)
+        name = kernel.fn.__name__
+        # Cases differ in what reaches some kernels only.
+        same = f"{name} {source.signature} {source.constants} {source.attrs} {options}"
+        constants = {kernel.arg_names[index]: value for (index,), value in source.constants.items()}
+        self.jobs.setdefault(same, Job(name, self.case, source, constants, options))
+
+
+class _Launchable(NamedTuple):
+    kernel: JITFunction
+    add: Callable[[JITFunction, tuple[Any, ...], dict[str, Any]], None]
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:  # type: ignore[override]
+        return lambda *args, **kwargs: self.add(self.kernel, args, kwargs)
+
+
+def source_of(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
+    """What Triton would compile for these arguments, whose tensors begin at multiples of 16 bytes."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for index, param in enumerate(kernel.params):
+        value = values[param.name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            if not param.do_not_specialize_on_alignment:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+            if special and type(value) is int and value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def record(card: Card) -> list[Job]:
+    """What the launchers would compile on `card`, the first case of each kernel in front of its others."""
+    tuning.card = lambda device: card
+    tuning.tile.cache_clear()
+    for module in _modules():
+        if hasattr(module, "use_pdl"):
+            module.use_pdl = lambda device: card.capability >= pdl.FIRST_CAPABILITY
+    recorder.jobs = {}
+    for label, launch in cases(card):
+        recorder.case = label
+        launch()
+    return list(recorder.jobs.values())
+
+
+def _modules() -> list[ModuleType]:
+    names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
+    return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
+
+
+def compile_one(index: int) -> dict[str, Any]:
+    """Compile work[index] and take it apart."""
+    card, job = work[index]
+    major, minor = card.capability
+    compiled = triton.compile(job.source, target=GPUTarget("cuda", 10 * major + minor, 32), options=job.options)
+    code = sass.read(compiled.asm["cubin"])
+    return {
+        "kernel": job.kernel,
+        "case": job.case,
+        "capability": card.capability,
+        "triton": triton.__version__,
+        "constants": job.constants,
+        "options": job.options,
+        "shared": compiled.metadata.shared,
+        "waits": compiled.asm["ptx"].count("griddepcontrol.wait"),
+        **code._asdict(),
+    }
 
 
 def main() -> None:
-    """Llama-like shapes: 32 heads of 128 in groups of 4, pages of 64."""
-    norm = Compiler(triton_norm, "_rms_norm_kernel")
-    silu = Compiler(triton_activation, "_silu_mul_kernel")
-    rotary = Compiler(triton_rotary, "_rotary_kv_write_kernel")
-    decode = Compiler(triton_attention, "_decode_kernel")
-    combine = Compiler(triton_attention, "_combine_kernel")
-    prefill = Compiler(triton_attention, "_prefill_kernel")
-    everything = (norm, silu, rotary, decode, combine, prefill)
-    for dtype in (torch.float16, torch.bfloat16):
-        for compiler in everything:
-            compiler.label = str(dtype).removeprefix("torch.")
-        hidden, q = torch.empty(4, 4096, dtype=dtype), torch.empty(4, 32, 128, dtype=dtype)
-        pool = torch.empty(8, 8, 64, 128, dtype=dtype)
-        ints = torch.zeros(8, dtype=torch.int32)
-        tables, lengths = ints.view(4, 2), ints[:4]
-        triton_norm.rms_norm(hidden, hidden, hidden[0], 1e-5, hidden)
-        triton_activation.silu_mul(torch.empty(4, 8192, dtype=dtype), hidden)
-        qkv, cos_sin = torch.empty(4, 48 * 128, dtype=dtype), torch.empty(16, 128)
-        triton_rotary.rotary_kv_write(qkv, cos_sin, lengths.long(), lengths, pool, pool, q)
-        triton_attention.paged_decode_attention(q, pool, pool, tables, lengths, 0.1, 8, q)
-        for max_query_len in (16, 64, 128):
-            prefill.label = f"{str(dtype).removeprefix('torch.')} BLOCK_M {max_query_len}"
-            triton_attention.paged_prefill_attention(q, pool, pool, tables, ints[:5], lengths, max_query_len, 0.1, q)
-    compile_sampling()
-    compile_step_inputs()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", action="store_true", help="one case a kernel")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    args = parser.parse_args()
+    for card in target_cards():
+        seen = set()
+        for job in record(card):
+            if not (args.one and job.kernel in seen):
+                work.append((card, job))
+            seen.add(job.kernel)
+    # Forked, because jit functions cannot be sent to a process; the long ones first.
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        for report in pool.imap_unordered(compile_one, range(len(work))):
+            print(json.dumps(report), flush=True)
 
 
-def compile_step_inputs() -> None:
-    """What has no floating-point type."""
-    write = Compiler(triton_step_inputs, "_write_block_tables_kernel")
-    prepare = Compiler(triton_step_inputs, "_prepare_tokens_kernel")
-    write.label = prepare.label = "int32"
-    ints, longs = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
-    triton_step_inputs.write_block_tables(ints.view(4, 2), ints, ints)
-    triton_step_inputs.prepare_tokens(ints, ints, ints, longs, ints.view(4, 2), 64, longs, longs, ints)
-
-
-def compile_sampling() -> None:
-    """What stands around the model, for the vocabularies of Llama 2 and 3."""
-    gather = Compiler(triton_gather, "_gather_rows_kernel")
-    score = Compiler(triton_sampling, "_score_kernel")
-    choose = Compiler(triton_sampling, "_choose_kernel")
-    logprobs = Compiler(triton_logprobs, "_logprobs_kernel")
-    edit = Compiler(triton_logit_edits, "_edit_logits_kernel")
-    ids, slots, values = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32), torch.empty(4)
-    for dtype in (torch.float16, torch.bfloat16):
-        name = gather.label = str(dtype).removeprefix("torch.")
-        hidden = torch.empty(4, 4096, dtype=dtype)
-        triton_gather.gather_rows(hidden, ids, hidden)
-        for vocab_size in (32000, 128256):
-            logits = torch.empty(4, vocab_size, dtype=dtype)
-            counts = torch.zeros(4, vocab_size, dtype=torch.int32)
-            state = SamplingState(values, slots, values, values, values, values, values, ids, counts)
-            logprobs.label = edit.label = f"{name} VOCAB {vocab_size}"
-            triton_logit_edits.edit_logits(logits, slots, slots, values, slots, slots, ids)
-            triton_logprobs.token_logprobs(logits, ids)
-            for greedy in (True, False):
-                score.label = choose.label = f"{name} VOCAB {vocab_size} GREEDY {greedy}"
-                triton_sampling.sample_tokens(logits, slots, slots, state, greedy, ids, ids)
-
+work: list[tuple[Card, Job]] = []
+recorder = Recorder()
+for _module in _modules():
+    for _name, _value in list(vars(_module).items()):
+        if isinstance(_value, JITFunction) and _name.endswith("_kernel") and _value.__module__ == _module.__name__:
+            recorder.replace(_module, _name)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -73,15 +73,18 @@ def card(device: torch.device) -> Card:
 def ladder(kernel: str, card: Card, sizes: tuple[int, ...]) -> Ladder:
     """The steps for all numbers of rows; the last one is UNLIMITED. sizes: in the order of Kernel.sizes."""
     spec = KERNELS[kernel]
-    listed: Ladder = ()
+    steps: Ladder = ()
     for directory in _directories():
-        listed = _entries(directory / file_name(card.name), card.name).get(kernel, {}).get(sizes, ())
-        if listed:
-            break
-    end = listed[-1].max_rows if listed else 0
+        steps = steps or _of_card(directory, card).get(kernel, {}).get(sizes, ())
+    end = steps[-1].max_rows if steps else 0
     default = spec.default(card, dict(zip(spec.sizes, sizes, strict=True)))
     assert default[-1].max_rows == UNLIMITED, f"the rule for {kernel} ends at {default[-1].max_rows} rows"
-    return (*listed, *(step for step in default if step.max_rows > end))
+    return (*steps, *(step for step in default if step.max_rows > end))
+
+
+def listed(kernel: str, card: Card) -> set[tuple[int, ...]]:
+    """The sizes, in the order of Kernel.sizes, that files have tiles for."""
+    return {sizes for directory in _directories() for sizes in _of_card(directory, card).get(kernel, {})}
 
 
 def file_name(card_name: str) -> str:
@@ -99,14 +102,15 @@ def _directories() -> list[Path]:
 
 
 @functools.cache
-def _entries(path: Path, card_name: str) -> Entries:
-    """What a file lists; nothing when there is none, which is how most cards are."""
+def _of_card(directory: Path, card: Card) -> Entries:
+    """What a card's file in `directory` lists; nothing when there is none, as for most cards."""
+    path = directory / file_name(card.name)
     try:
         text = path.read_text()
     except FileNotFoundError:
         return {}
     try:
-        return parse(json.loads(text), card_name)
+        return parse(json.loads(text), card.name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; correct the file, or write it anew with tritonmind bench tune") from error
 

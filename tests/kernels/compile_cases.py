@@ -1,0 +1,172 @@
+"""The launches whose kernels must compile: each launcher with the sizes of Llama 2 and 3, each tile that is shipped."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+
+from tritonmind.kernels import (
+    SamplingState,
+    triton_activation,
+    triton_decode_attention,
+    triton_gather,
+    triton_linear,
+    triton_logit_edits,
+    triton_logprobs,
+    triton_norm,
+    triton_prefill_attention,
+    triton_rotary,
+    triton_sampling,
+    triton_step_inputs,
+    tuning,
+)
+from tritonmind.kernels.tile_table import KERNELS, Card, Tile
+
+# One card for each architecture that is compiled for, known to no file of tiles, so that it has the rules'.
+ARCHITECTURES = (Card("sm_80", (8, 0), 108), Card("sm_89", (8, 9), 128), Card("sm_90", (9, 0), 132))
+# Of the cards that there are files for: the architecture.
+CAPABILITIES = {"NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA A100": (8, 0), "NVIDIA GeForce RTX 4090": (8, 9)}
+DEVICE = torch.device("cpu")
+NUM_SEQS, HIDDEN, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE = 4, 4096, 8, 4, 128, 64
+NUM_HEADS = NUM_KV_HEADS * GROUP
+VOCAB_SIZES = (32000, 128256)
+MAX_ROWS = 8192
+# Of Llama-2-7B and Llama-3-8B, in the order of tile_table.KERNELS; the one that a quick run compiles comes first.
+SIZES = {
+    "linear": [(4096, 4096), (12288, 4096), (4096, 11008), (6144, 4096), (4096, 14336)],
+    "gate_up": [(11008, 4096), (14336, 4096)],
+    "decode_attention": [(128, 4, 64, 2), (128, 1, 64, 2), (64, 3, 64, 2), (128, 1, 16, 2)],
+    "prefill_attention": [(128, 1, 64, 2), (128, 4, 64, 2), (64, 3, 64, 2), (128, 1, 16, 2)],
+}
+# What no rule asks for, but a file may.
+EXTRA_TILES = {
+    "linear": [Tile(block_m=64, block_n=128, block_k=64, splits=3, prefetch=1, num_warps=8, num_stages=3)],
+    "gate_up": [Tile(block_m=16, block_n=64, block_k=64, prefetch=1, num_warps=4, num_stages=4)],
+}
+
+Case = tuple[str, Callable[[], object]]
+
+
+def target_cards() -> list[Card]:
+    """One of each architecture, and those that tiles are shipped for."""
+    cards = list(ARCHITECTURES)
+    for path in sorted(tuning.SHIPPED.glob("*.json")):
+        name = json.loads(path.read_text())["card"]
+        known = [capability for start, capability in CAPABILITIES.items() if name.startswith(start)]
+        assert known, f"{path.name}: which architecture is {name}? Say it in CAPABILITIES"
+        (alike,) = (card for card in ARCHITECTURES if card.capability == known[0])
+        cards.append(alike._replace(name=name))
+    return cards
+
+
+def cases(card: Card) -> Iterator[Case]:
+    """A label and a launch each; of a kernel's cases the most telling one first."""
+    yield from _tiled(card)
+    if card not in ARCHITECTURES:
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for splits in (4, 1):
+            yield f"{name} SPLITS {splits}", functools.partial(_layer, dtype, splits)
+        for vocab_size in VOCAB_SIZES:
+            for greedy in (False, True):
+                label = f"{name} VOCAB {vocab_size} GREEDY {greedy}"
+                yield label, functools.partial(_sampling, dtype, vocab_size, greedy)
+    yield "int32", _step_inputs
+
+
+def _tiled(card: Card) -> Iterator[Case]:
+    """Every tile that dispatch can pick. The type matters little to the code: bf16 at one size, and with a bias."""
+    launches = {"linear": _linear, "gate_up": _gate_up, "decode_attention": _decode, "prefill_attention": _prefill}
+    for kernel, spec in KERNELS.items():
+        listed = sorted(tuning.listed(kernel, card))
+        for index, sizes in enumerate(listed if card not in ARCHITECTURES else SIZES[kernel]):
+            named = dict(zip(spec.sizes, sizes, strict=True))
+            picked = tuning.variants(kernel, DEVICE, max_rows=MAX_ROWS, **named)
+            picked += [(tile.block_m, tile) for tile in EXTRA_TILES.get(kernel, ()) if index == 0]
+            for rows, tile in picked:
+                if tile.library:
+                    continue
+                for dtype in (torch.float16, torch.bfloat16)[: 2 if index == 0 else 1]:
+                    label = " ".join([str(dtype).removeprefix("torch."), *(f"{n}={s}" for n, s in named.items())])
+                    yield f"{label} rows={rows}", functools.partial(launches[kernel], named, dtype, rows, tile)
+
+
+def _linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    n, k = sizes["n"], sizes["k"]
+    x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+    whole = torch.empty(rows, n, dtype=dtype)
+    parts = torch.empty(tile.splits, rows, n) if tile.splits > 1 else whole
+    triton_linear.linear(x, weight, None, parts, tile)
+    if dtype == torch.bfloat16:
+        triton_linear.linear(x, weight, weight[:, 0].contiguous(), whole, tile._replace(splits=1))
+
+
+def _gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    n, k = sizes["n"], sizes["k"]
+    x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(2 * n, k, dtype=dtype)
+    triton_linear.gate_up(x, weight, torch.empty(rows, n, dtype=dtype), tile)
+
+
+def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    """The launchers ask for the tile themselves, here as in _prefill."""
+    group, head_dim, block_size = sizes["group"], sizes["head_dim"], sizes["block_size"]
+    q, pool = torch.empty(rows, NUM_KV_HEADS * group, head_dim, dtype=dtype), _pool(sizes, dtype)
+    plan = triton_decode_attention.plan_decode(
+        _ints(rows), NUM_KV_HEADS * group, NUM_KV_HEADS, head_dim, block_size, dtype, 0
+    )
+    triton_decode_attention.paged_decode_attention(q, pool, pool, _ints(2 * rows).view(rows, 2), plan, 0.1, q)
+
+
+def _prefill(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    q, pool = torch.empty(NUM_SEQS, NUM_KV_HEADS * sizes["group"], sizes["head_dim"], dtype=dtype), _pool(sizes, dtype)
+    tables, starts = _ints(2 * NUM_SEQS).view(NUM_SEQS, 2), _ints(NUM_SEQS + 1)
+    triton_prefill_attention.paged_prefill_attention(q, pool, pool, tables, starts, _ints(NUM_SEQS), rows, 0.1, q)
+
+
+def _layer(dtype: torch.dtype, splits: int) -> None:
+    """What stands between the products, and takes their partial sums."""
+    hidden, q = torch.empty(NUM_SEQS, HIDDEN, dtype=dtype), torch.empty(NUM_SEQS, NUM_HEADS, HEAD_DIM, dtype=dtype)
+    qkv_size = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    if splits == 1:
+        x, qkv = hidden, torch.empty(NUM_SEQS, qkv_size, dtype=dtype)
+        triton_norm.rms_norm(x, None, hidden[0], 1e-5, hidden)
+    else:
+        x, qkv = torch.empty(splits, NUM_SEQS, HIDDEN), torch.empty(splits, NUM_SEQS, qkv_size)
+    triton_norm.rms_norm(x, hidden, hidden[0], 1e-5, hidden)
+    pool, ints = _pool({"block_size": BLOCK_SIZE, "head_dim": HEAD_DIM}, dtype), _ints(NUM_SEQS)
+    triton_rotary.rotary_kv_write(qkv, torch.empty(16, HEAD_DIM), ints.long(), ints, pool, pool, q)
+    triton_activation.silu_mul(torch.empty(NUM_SEQS, 2 * HIDDEN, dtype=dtype), hidden)
+    triton_gather.gather_rows(hidden, ints.long(), hidden)
+
+
+def _sampling(dtype: torch.dtype, vocab_size: int, greedy: bool) -> None:
+    ids, slots, values = _ints(NUM_SEQS).long(), _ints(NUM_SEQS), torch.empty(NUM_SEQS)
+    logits = torch.empty(NUM_SEQS, vocab_size, dtype=dtype)
+    counts = torch.zeros(NUM_SEQS, vocab_size, dtype=torch.int32)
+    state = SamplingState(values, slots, values, values, values, values, values, ids, counts)
+    triton_sampling.sample_tokens(logits, slots, slots, state, greedy, ids, ids)
+    triton_logit_edits.edit_logits(logits, slots, slots, values, slots, slots, ids)
+    triton_logprobs.token_logprobs(logits, ids)
+
+
+def _step_inputs() -> None:
+    """No floating-point type is in these."""
+    ints, tables = _ints(8), _ints(8).view(4, 2)
+    longs, rows = ints.long(), ints[:4]
+    triton_step_inputs.write_block_tables(tables, ints, ints)
+    triton_step_inputs.prepare_tokens(ints, ints, ints, longs, tables, BLOCK_SIZE, longs, longs, ints)
+    triton_step_inputs.prepare_decodes(
+        rows, rows, rows, rows, longs, tables, BLOCK_SIZE, longs[:4], longs[:4], rows, tables.clone()
+    )
+
+
+def _pool(sizes: dict[str, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(8, NUM_KV_HEADS, sizes["block_size"], sizes["head_dim"], dtype=dtype)
+
+
+def _ints(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32)

@@ -1,0 +1,72 @@
+"""What a compiled kernel is made of, read from its machine code by the disassembler in Triton's wheel."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?:\s+(.*?))?\s*;", re.M)
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+# The tensor cores' instructions: a warp's, and a warp group's.
+MATRIX_PRODUCTS = ("HMMA", "HGMMA")
+
+
+class Code(NamedTuple):
+    """registers: a thread. stack, local: bytes, of which more than none is a spill.
+
+    product_loops: for each innermost loop with matrix products, how often it has each instruction, with its suffixes.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    opcodes: Counter[str]
+    product_loops: list[Counter[str]]
+
+
+def read(cubin: bytes) -> Code:
+    """Take a kernel apart."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-sass", "-res-usage", file.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return parse(run.stdout + run.stderr)
+
+
+def parse(text: str) -> Code:
+    """What `cuobjdump -sass -res-usage` says."""
+    resources = _RESOURCES.search(text)
+    assert resources, f"no resources in {text[:500]!r}"
+    code = [(int(address, 16), opcode, operands) for address, opcode, operands in _INSTRUCTION.findall(text)]
+    assert code, f"no instructions in {text[:500]!r}"
+    loops = []
+    for address, opcode, operands in code:
+        target = _TARGET.search(operands) if opcode.startswith("BRA") else None
+        # What jumps to itself stands behind the code and is never reached.
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [
+        loop
+        for loop in loops
+        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+    ]
+    bodies = [Counter(opcode for address, opcode, _ in code if low <= address <= high) for low, high in innermost]
+    return Code(
+        *map(int, resources.groups()),
+        Counter(opcode for _, opcode, _ in code),
+        [body for body in bodies if count(body, *MATRIX_PRODUCTS)],
+    )
+
+
+def count(opcodes: Counter[str], *names: str) -> int:
+    """How many there are whose name, suffixes aside, is one of these."""
+    return sum(number for opcode, number in opcodes.items() if opcode.partition(".")[0] in names)
