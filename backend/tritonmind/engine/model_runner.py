@@ -228,6 +228,8 @@ class ModelRunner:
         limits, model = self.config.scheduler, self.config.model
         max_tokens, max_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         longest = self._run_largest()
+        for rows in self.model.row_variants(max_tokens, max_seqs):
+            self._run_padding(0, _spread(rows, max_seqs))
         for query_len in PREFILL_VARIANTS:
             self._run_padding(0, [min(query_len, longest)])
         num_kv_heads = model.num_kv_heads // self.config.tensor_parallel_size
@@ -291,3 +293,10 @@ class ModelRunner:
         # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
         per_logit_row = 6 * model.vocab_size * 4
         return limits.max_num_batched_tokens * per_token * self.dtype.itemsize + limits.max_num_seqs * per_logit_row
+
+
+def _spread(num_tokens: int, max_seqs: int) -> list[int]:
+    """Lengths of as many prompts as may be, with so many tokens together."""
+    num_seqs = min(num_tokens, max_seqs)
+    share, rest = divmod(num_tokens, num_seqs)
+    return [share + 1] * rest + [share] * (num_seqs - rest)

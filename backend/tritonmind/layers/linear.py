@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tritonmind.kernels import gate_up, linear, silu_mul
+from tritonmind.kernels import gate_up, linear, product_variants, silu_mul
 
 
 class Linear(nn.Module):
@@ -41,6 +41,11 @@ class Linear(nn.Module):
             self._transposed = self.weight.t().contiguous()
             self.weight = None
 
+    def row_variants(self, max_rows: int) -> list[int]:
+        """For each kernel that up to `max_rows` rows use on a GPU, a number of rows that uses it."""
+        assert self.weight is not None
+        return product_variants("linear", self.out_features, self.in_features, max_rows, self.weight.device)
+
     def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given.
 
@@ -59,6 +64,11 @@ class GatedLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, 2 * out_features, bias=False, dtype=dtype, device=device)
+
+    def row_variants(self, max_rows: int) -> list[int]:
+        """See Linear.row_variants."""
+        assert self.weight is not None
+        return product_variants("gate_up", self.out_features // 2, self.in_features, max_rows, self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype."""

@@ -106,6 +106,17 @@ class LlamaForCausalLM(nn.Module):
         x, _ = self.norm(x, residual)
         return self.output(x, out=out)
 
+    def row_variants(self, max_tokens: int, max_samples: int) -> list[int]:
+        """Sizes of steps that between them use every kernel for products, on a GPU.
+
+        A step of n tokens is meant, with logits for each of them where max_samples allows it.
+        """
+        rows = set(self.output.row_variants(max_samples))
+        for module in self.modules():
+            if isinstance(module, Linear) and module is not self.output:
+                rows.update(module.row_variants(max_tokens))
+        return sorted(rows)
+
     def finalize(self) -> None:
         """Repack weights for the device, once, after all of them were loaded."""
         for module in self.modules():
