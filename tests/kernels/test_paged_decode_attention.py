@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.kernel_cases import Pages, Target, make_pages
 from tests.tolerances import assert_close
-from tritonmind.kernels import paged_decode_attention, reference
+from tritonmind.kernels import DecodePlan, paged_decode_attention, plan_decode, reference
 
 # (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4, 7 and 20 heads, head_dims that are no power of two.
 HEADS = [(2, 2, 64), (9, 3, 64), (4, 1, 80), (7, 1, 96), (8, 2, 128), (20, 1, 64)]
@@ -21,66 +21,146 @@ def reference_of(q: torch.Tensor, pages: Pages, softmax_scale: float) -> torch.T
     )
 
 
+def plan_of(q: torch.Tensor, pages: Pages, num_programs: int) -> DecodePlan | None:
+    return plan_decode(
+        pages.context_lens,
+        num_heads=q.shape[1],
+        num_kv_heads=pages.k_cache.shape[1],
+        head_dim=q.shape[2],
+        block_size=pages.k_cache.shape[2],
+        dtype=q.dtype,
+        num_programs=num_programs,
+    )
+
+
+def pieces_of(plan: DecodePlan | None) -> list[tuple[int, int, int, int]]:
+    """Sequence, index, number of pieces and context_len of each piece."""
+    assert plan is not None
+    rows = [tuple(row) for row in plan.pieces.tolist()]
+    used = [row for row in rows if row[0] >= 0]
+    assert rows[: len(used)] == used
+    return used
+
+
 def check(
-    heads: tuple[int, int, int], context_lens: list[int], target: Target, *, block_size: int, num_splits: int
+    heads: tuple[int, int, int], context_lens: list[int], target: Target, *, block_size: int, num_programs: int = 0
 ) -> None:
+    """num_programs: that share the work, 0 for as many as the launcher chooses."""
     num_heads, num_kv_heads, head_dim = heads
     pages = make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target)
     q = 2 * target.randn(len(context_lens), num_heads, head_dim)
     out = torch.full_like(q, float("nan"))
     scale = head_dim**-0.5
-    assert paged_decode_attention(q, *pages, softmax_scale=scale, num_splits=num_splits, out=out) is out
+    plan = plan_of(q, pages, num_programs) if num_programs else None
+    assert paged_decode_attention(q, *pages, softmax_scale=scale, plan=plan, out=out) is out
     assert_close(out, reference_of(q, pages, scale), target.dtype)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_programs", [1, 40])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_decode(heads: tuple[int, int, int], num_splits: int, target: Target) -> None:
-    if num_splits > 1 and not target.triton:
-        pytest.skip("the CPU path does not split")
-    check(heads, CONTEXT_LENS, target, block_size=32, num_splits=num_splits)
+def test_decode(heads: tuple[int, int, int], num_programs: int, target: Target) -> None:
+    """Whole sequences, and pieces of one tile."""
+    if num_programs > 1 and not target.triton:
+        pytest.skip("the CPU path has no pieces")
+    check(heads, CONTEXT_LENS, target, block_size=32, num_programs=num_programs)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 def test_block_sizes(block_size: int, target: Target) -> None:
-    check((6, 2, 64), [3, block_size, 2 * block_size + 9], target, block_size=block_size, num_splits=0)
+    check((6, 2, 64), [3, block_size, 2 * block_size + 9], target, block_size=block_size)
 
 
-def test_more_splits_than_tiles(target: Target) -> None:
-    check((3, 1, 64), [0, 20, 70], target, block_size=16, num_splits=8)
+def test_many_pieces(target: Target) -> None:
+    """More than are added up together."""
+    check((16, 1, 128), [0, 20, 300], target, block_size=16, num_programs=1000)
 
 
-@pytest.mark.parametrize("num_splits", [0, 1, 4, 16])
+@pytest.mark.parametrize("num_programs", [0, 1, 500, 5000])
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("heads", LARGE_HEADS, ids=str)
-def test_large(heads: tuple[int, int, int], block_size: int, num_splits: int, gpu_target: Target) -> None:
-    check(heads, [1, 2047, 0, 64, 333, 4096, 129], gpu_target, block_size=block_size, num_splits=num_splits)
+def test_large(heads: tuple[int, int, int], block_size: int, num_programs: int, gpu_target: Target) -> None:
+    check(heads, [1, 2047, 0, 64, 333, 4096, 129], gpu_target, block_size=block_size, num_programs=num_programs)
+
+
+def test_large_batch(gpu_target: Target) -> None:
+    """More sequences than the plan looks at together, one of them long."""
+    context_lens = [20000, *torch.randint(0, 400, (599,)).tolist()]
+    check((8, 2, 128), context_lens, gpu_target, block_size=64)
 
 
 def test_long_context(gpu_target: Target) -> None:
-    check((32, 8, 128), [32000], gpu_target, block_size=64, num_splits=0)
+    check((32, 8, 128), [32000], gpu_target, block_size=64)
 
 
 def test_row_does_not_depend_on_the_batch(target: Target) -> None:
-    """Bit for bit in the kernel, at a given number of splits, whatever shares the batch and however wide the table."""
+    """Bit for bit in the kernel while sequences are whole, whatever shares the batch and however wide the table."""
     pages = make_pages([40, 75, 1, 64], num_kv_heads=3, head_dim=64, block_size=32, target=target, spare_columns=3)
     q = target.randn(4, 9, 64)
-    batch = paged_decode_attention(q, *pages, softmax_scale=0.125, num_splits=2)
+    batch = paged_decode_attention(q, *pages, softmax_scale=0.125, plan=plan_of(q, pages, 1))
     for row in range(4):
-        table = pages.block_tables[row : row + 1, : -(-int(pages.context_lens[row]) // 32)].contiguous()
-        alone = paged_decode_attention(
-            q[row : row + 1],
-            pages.k_cache,
-            pages.v_cache,
-            table,
-            pages.context_lens[row : row + 1],
-            softmax_scale=0.125,
-            num_splits=2,
-        )
+        one = slice(row, row + 1)
+        table = pages.block_tables[one, : -(-int(pages.context_lens[row]) // 32)].contiguous()
+        single = pages._replace(block_tables=table, context_lens=pages.context_lens[one])
+        alone = paged_decode_attention(q[one], *single, softmax_scale=0.125, plan=plan_of(q[one], single, 1))
         if target.triton:
             assert torch.equal(alone[0], batch[row])
         else:
             assert_close(alone[0], batch[row])
+
+
+def test_same_result_each_time(target: Target) -> None:
+    """Bit for bit, over and over with one plan: which program ends last changes, the order of the sum does not."""
+    pages = make_pages([300, 45, 0, 130], num_kv_heads=2, head_dim=64, block_size=16, target=target)
+    q = target.randn(4, 8, 64)
+    plan = plan_of(q, pages, 50)
+    first = paged_decode_attention(q, *pages, softmax_scale=0.125, plan=plan)
+    for _ in range(20 if target.device == "cuda" else 2):
+        assert torch.equal(paged_decode_attention(q, *pages, softmax_scale=0.125, plan=plan), first)
+
+
+def test_plan_covers_every_tile(target: Target) -> None:
+    """Each sequence in its number of pieces, about as many as wanted, long pieces first."""
+    if not target.triton:
+        pytest.skip("the CPU path has no plan")
+    context_lens = [0, 16, 800, 17, *torch.randint(0, 200, (300,)).tolist()]
+    pages = make_pages(context_lens, num_kv_heads=2, head_dim=64, block_size=16, target=target)
+    q = target.randn(len(context_lens), 2, 64)
+    num_tiles = [-(-length // 16) for length in context_lens]
+    num_wanted = 100
+    pieces = pieces_of(plan_of(q, pages, 2 * num_wanted))
+    assert sorted(piece[:2] for piece in pieces) == sorted(
+        (seq, index) for seq, index, count, _ in {(s, i, c, n) for s, _, c, n in pieces for i in range(c)}
+    )
+    assert {piece[0] for piece in pieces} == set(range(len(context_lens)))
+    assert all(context_lens[seq] == length for seq, _, _, length in pieces)
+    assert all(count <= max(1, num_tiles[seq]) for seq, _, count, _ in pieces)
+    average = sum(num_tiles) / num_wanted
+    assert max(num_tiles[seq] / count for seq, _, count, _ in pieces) <= 1.5 * average + 2
+    assert next(count for seq, _, count, _ in pieces if seq == 2) >= 0.5 * num_tiles[2] / average
+    lengths = [-(-num_tiles[seq] // count) for seq, _, count, _ in pieces]
+    is_short = [2 * length < max(lengths) for length in lengths]
+    assert is_short == sorted(is_short) and any(is_short) and not all(is_short)
+    assert not plan_of(q, pages, 2 * num_wanted).arrivals.any()
+
+
+def test_short_sequences_stay_whole(target: Target) -> None:
+    """However few they are: pieces of a few tokens cost more than they save."""
+    if not target.triton:
+        pytest.skip("the CPU path has no plan")
+    pages = make_pages([256, 300], num_kv_heads=1, head_dim=64, block_size=64, target=target)
+    assert sorted(pieces_of(plan_of(target.randn(2, 1, 64), pages, 0))) == [(0, 0, 1, 256), (1, 0, 1, 300)]
+
+
+def test_plan_of_another_batch(target: Target) -> None:
+    if not target.triton:
+        pytest.skip("the CPU path has no plan")
+    pages = make_pages([40, 20], num_kv_heads=1, head_dim=64, block_size=16, target=target)
+    q = target.randn(2, 2, 64)
+    one = pages._replace(context_lens=pages.context_lens[:1])
+    with pytest.raises(ValueError, match="plan is for 1 sequences"):
+        paged_decode_attention(q, *pages, softmax_scale=1.0, plan=plan_of(q, one, 1))
+    with pytest.raises(ValueError, match="plan is for 2 sequences with 1 KV heads"):
+        paged_decode_attention(q, *pages, softmax_scale=1.0, plan=plan_of(target.randn(2, 4, 64), pages, 1))
 
 
 def test_strided_block_tables(target: Target) -> None:
@@ -95,7 +175,7 @@ def test_strided_block_tables(target: Target) -> None:
 def test_ragged_batch_on_the_cpu() -> None:
     """More pages than the CPU path gathers at a time: groups of rows by length, out of order."""
     target = Target(False, "cpu", torch.float32)
-    check((8, 4, 64), [700, 3, 64, 0, 650, 65, 700, 1200, 1, 129, 64], target, block_size=64, num_splits=0)
+    check((8, 4, 64), [700, 3, 64, 0, 650, 65, 700, 1200, 1, 129, 64], target, block_size=64)
 
 
 def test_large_scores_do_not_overflow(target: Target) -> None:

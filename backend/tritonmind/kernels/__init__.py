@@ -6,7 +6,9 @@ from tritonmind.kernels.attention import (
     decode_variants,
     paged_decode_attention,
     paged_prefill_attention,
+    plan_decode,
 )
+from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.gather import gather_rows
 from tritonmind.kernels.linear import gate_up, linear, product_variants
 from tritonmind.kernels.logit_edits import edit_logits
@@ -28,6 +30,7 @@ __all__ = [
     "PREFILL_VARIANTS",
     "PROMPT_FLAG",
     "DecodeInputs",
+    "DecodePlan",
     "SamplingState",
     "TokenInputs",
     "TokenLogprobs",
@@ -41,6 +44,7 @@ __all__ = [
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",
+    "plan_decode",
     "prepare_decodes",
     "prepare_tokens",
     "product_variants",

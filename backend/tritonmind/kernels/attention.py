@@ -6,6 +6,7 @@ Two launchers: one query token a sequence (decode), and several (prefill, a chun
 import torch
 
 from tritonmind.kernels import cpu
+from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.dispatch import (
     FLOAT_DTYPES,
     check_block_tables,
@@ -15,26 +16,17 @@ from tritonmind.kernels.dispatch import (
     use_triton,
 )
 
-# Larger heads spill registers in the tiles of triton_attention.py.
+# Larger heads spill registers in the tiles of the Triton kernels.
 MAX_HEAD_DIM = 128
+
+
 # A max_query_len for each variant of the prefill kernel: what a warm-up must run.
 PREFILL_VARIANTS = (16, 64, 128)
 
 
 def decode_variants(max_num_seqs: int, num_kv_heads: int, max_blocks: int, device: torch.device) -> list[int]:
-    """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use on a GPU.
-
-    max_blocks: columns of the block tables. A CPU has one variant.
-    """
-    if device.type == "cpu":
-        return [max_num_seqs]
-    from tritonmind.kernels import triton_attention
-
-    by_splits = {
-        triton_attention.choose_num_splits(size, num_kv_heads, max_blocks, device): size
-        for size in range(1, max_num_seqs + 1)
-    }
-    return sorted(by_splits.values())
+    """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use."""
+    return [max_num_seqs]
 
 
 def _check(
@@ -58,6 +50,34 @@ def _check(
         check_tensor("out", out, shape, dtype, device)
 
 
+def plan_decode(
+    context_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    num_programs: int = 0,
+) -> DecodePlan | None:
+    """Cut the sequences of a step into pieces for paged_decode_attention, once for all layers; None on a CPU.
+
+    context_lens: [B] int32, as paged_decode_attention gets them. dtype: of the KV cache. num_programs: about how many
+    share the work; 0 chooses by card, and keeps pieces long enough to be worth their sum. The pieces follow from the
+    whole batch: a row's result may differ between batches by the rounding of its sum, in one batch it is always the
+    same. Raises ValueError for a wrong shape or dtype.
+    """
+    check_ndim("context_lens", context_lens, 1)
+    check_tensor("context_lens", context_lens, tuple(context_lens.shape), torch.int32, context_lens.device)
+    if not use_triton(context_lens):
+        return None
+    from tritonmind.kernels import triton_decode_attention
+
+    return triton_decode_attention.plan_decode(
+        context_lens, num_heads, num_kv_heads, head_dim, block_size, dtype, num_programs
+    )
+
+
 def paged_decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -66,29 +86,42 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
-    num_splits: int = 0,
+    plan: DecodePlan | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with one query token a sequence to the first context_len tokens of its pages.
 
     q: [B, H, D] fp32, fp16 or bf16, contiguous. k_cache, v_cache: [num_blocks, Hkv, block_size, D], dtype of q.
     block_tables: [B, max_blocks] int32, last stride 1. context_lens: [B] int32; a row of 0 gives zeros.
-    num_splits: programs that share a sequence's pages, 0 chooses by batch and heads (fixed for a CUDA graph).
+    plan: what plan_decode made of these context_lens; without one it is made here.
     out: [B, H, D]. Returns out. Raises ValueError for a wrong shape, dtype, device or layout.
     """
     _check(q, k_cache, v_cache, block_tables, context_lens, out)
-    if q.shape[0] != context_lens.shape[0]:
-        raise ValueError(f"q has {q.shape[0]} rows, expected {context_lens.shape[0]}, one a sequence")
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    if num_seqs != context_lens.shape[0]:
+        raise ValueError(f"q has {num_seqs} rows, expected {context_lens.shape[0]}, one a sequence")
     if not use_triton(q):
         return cpu.paged_decode_attention(
             q, k_cache, v_cache, block_tables, context_lens, softmax_scale=softmax_scale, out=out
         )
-    from tritonmind.kernels import triton_attention
+    from tritonmind.kernels import triton_decode_attention
 
-    return triton_attention.paged_decode_attention(
-        q, k_cache, v_cache, block_tables, context_lens, softmax_scale, num_splits,
-        torch.empty_like(q) if out is None else out,
-    )  # fmt: skip
+    if out is None:
+        out = torch.empty_like(q)
+    if not num_seqs:
+        return out
+    if plan is None:
+        plan = triton_decode_attention.plan_decode(
+            context_lens, num_heads, num_kv_heads, head_dim, block_size, q.dtype, 0
+        )
+    elif plan.arrivals.shape != (num_seqs, num_kv_heads) or plan.partial.shape[1:] != (num_heads, head_dim):
+        raise ValueError(
+            f"plan is for {plan.arrivals.shape[0]} sequences with {plan.arrivals.shape[1]} KV heads and outputs of "
+            f"{tuple(plan.partial.shape[1:])}, expected {num_seqs}, {num_kv_heads} and {(num_heads, head_dim)}; call "
+            "plan_decode for this batch"
+        )
+    return triton_decode_attention.paged_decode_attention(q, k_cache, v_cache, block_tables, plan, softmax_scale, out)
 
 
 def paged_prefill_attention(
@@ -119,9 +152,9 @@ def paged_prefill_attention(
         return cpu.paged_prefill_attention(
             q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale=softmax_scale, out=out
         )
-    from tritonmind.kernels import triton_attention
+    from tritonmind.kernels import triton_prefill_attention
 
-    return triton_attention.paged_prefill_attention(
+    return triton_prefill_attention.paged_prefill_attention(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_query_len, softmax_scale,
         torch.empty_like(q) if out is None else out,
     )  # fmt: skip

@@ -1,0 +1,19 @@
+"""What decode attention prepares once a step and follows in every layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class DecodePlan(NamedTuple):
+    """The pieces into which the sequences of a step are cut, and the memory in which pieces of a sequence meet.
+
+    Valid for the context_lens that it was made of, on the stream on which it was made, for one layer after the other.
+    """
+
+    pieces: torch.Tensor  # [max_pieces, 4] int32: sequence or -1, index and number of its pieces, context_len
+    arrivals: torch.Tensor  # [B, Hkv] int32, pieces that have ended
+    partial: torch.Tensor  # [max_pieces, H, D] fp32, outputs of pieces
+    lse: torch.Tensor  # [max_pieces, H] fp32, their log-sum-exps
