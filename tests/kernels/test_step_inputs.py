@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.kernel_cases import Target
-from tritonmind.kernels import TokenInputs, prepare_tokens, write_block_tables
+from tritonmind.kernels import DecodeInputs, TokenInputs, prepare_decodes, prepare_tokens, write_block_tables
 
 NUM_SLOTS = 5
 BLOCK_SIZE = 16
@@ -61,6 +61,52 @@ def test_tokens(num_tokens: int, target: Target) -> None:
     assert all(0 <= row[0] < 2**40 for row in actual), "padding is embedded too: its id must be one"
 
 
+def empty_tokens(num_rows: int, target: Target) -> TokenInputs:
+    return TokenInputs(
+        torch.full((num_rows,), -7, dtype=torch.int64, device=target.device),
+        torch.full((num_rows,), -7, dtype=torch.int64, device=target.device),
+        torch.full((num_rows,), -7, dtype=torch.int32, device=target.device),
+    )
+
+
+@pytest.mark.parametrize("max_blocks", [3, 128, 300])
+@pytest.mark.parametrize("num_padding", [0, 4])
+def test_decodes(max_blocks: int, num_padding: int, target: Target) -> None:
+    """Rows one by one in plain Python; tables as they were but for the new blocks; padding touches nothing."""
+    num_slots, num_rows = 9, 7
+    before = torch.randint(0, 10_000, (num_slots, max_blocks), dtype=torch.int32)
+    last = torch.randint(0, 2**40, (num_slots,))
+    # On the first and the last token of a page, of the first and of the last page.
+    lengths = [1, 2, BLOCK_SIZE, BLOCK_SIZE + 1, max_blocks * BLOCK_SIZE, (max_blocks - 1) * BLOCK_SIZE + 1, 20]
+    slots = torch.randperm(num_slots)[:num_rows].tolist()
+    token_ids = [5, -1, -1, 7, -1, -1, -1]
+    new_blocks = [20_000 + row if length % BLOCK_SIZE == 1 else -1 for row, length in enumerate(lengths)]
+    tables, expected = before.clone(), []
+    for row, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
+        page, offset = divmod(length - 1, BLOCK_SIZE)
+        if new_blocks[row] >= 0:
+            tables[slot, page] = new_blocks[row]
+        token_id = token_ids[row] if token_ids[row] >= 0 else int(last[slot])
+        expected.append((token_id, length - 1, int(tables[slot, page]) * BLOCK_SIZE + offset))
+    expected += [(0, 0, -1)] * num_padding
+
+    staged = [ints(values + [fill] * num_padding, target) for values, fill in (
+        (token_ids, 3), (lengths, 0), (slots, slots[0]), (new_blocks, 77)
+    )]  # fmt: skip
+    on_device = before.to(target.device)
+    out = DecodeInputs(
+        empty_tokens(num_rows + num_padding, target),
+        torch.full((num_rows + num_padding, max_blocks), -7, dtype=torch.int32, device=target.device),
+    )
+    prepare_decodes(*staged, last.to(target.device), on_device, block_size=BLOCK_SIZE, out=out)
+    assert list(zip(*(tensor.tolist() for tensor in out.tokens), strict=True)) == expected
+    assert torch.equal(on_device.cpu(), tables)
+    for row, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
+        num_pages = -(-length // BLOCK_SIZE)
+        assert torch.equal(out.block_tables[row, :num_pages].cpu(), tables[slot, :num_pages])
+    assert (out.block_tables[num_rows:] == -7).all()
+
+
 def test_arguments_are_checked() -> None:
     tables = torch.zeros(2, 4, dtype=torch.int32)
     index = torch.zeros(3, dtype=torch.int32)
@@ -74,3 +120,8 @@ def test_arguments_are_checked() -> None:
         prepare_tokens(index, index, index, last[:1], tables, block_size=16, out=out)
     with pytest.raises(ValueError, match=r"out.positions has dtype"):
         prepare_tokens(index, index, index, last, tables, block_size=16, out=out._replace(positions=index))
+    tokens, ends = TokenInputs(index.long(), index.long(), index.clone()), index + 1
+    with pytest.raises(ValueError, match=r"out.block_tables has shape"):
+        prepare_decodes(index, ends, index, index, last, tables, block_size=16, out=DecodeInputs(tokens, tables))
+    with pytest.raises(ValueError, match="new_blocks has dtype"):
+        prepare_decodes(index, ends, index, index.long(), last, tables, block_size=16, out=DecodeInputs(tokens, tables))

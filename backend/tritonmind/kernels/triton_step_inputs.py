@@ -86,20 +86,18 @@ def _prepare_decodes_kernel(
     position = tl.maximum(context_len - 1, 0)
     page = position // BLOCK_SIZE
     table_ptr = block_tables_ptr + slot * max_blocks
-    old_block = tl.load(table_ptr + page, mask=real & (new_block < 0), other=0)
-    cache_slot = tl.where(has_new, new_block, old_block) * BLOCK_SIZE + position % BLOCK_SIZE
+    block = tl.where(has_new, new_block, tl.load(table_ptr + page, mask=real, other=0))
+    cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(out_slot_mapping_ptr + row, tl.where(real, cache_slot, -1))
     tl.store(out_positions_ptr + row, position.to(tl.int64))
     token_id = tl.load(token_ids_ptr + row, mask=real, other=0).to(tl.int64)
     last = tl.load(last_token_ids_ptr + slot, mask=real & (token_id < 0), other=0)
     tl.store(out_token_ids_ptr + row, tl.where(token_id < 0, last, token_id))
-    for start in range(0, page + 1, BLOCK):
+    for start in range(0, tl.where(real, page + 1, 0), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = real & (column <= page)
-        is_new = has_new & (column == page)
-        block = tl.load(table_ptr + column, mask=inside & ~is_new, other=0)
-        block = tl.where(is_new, new_block, block)
-        tl.store(out_block_tables_ptr + row * max_blocks + column, block, mask=inside)
+        blocks = tl.load(table_ptr + column, mask=column < page, other=0)
+        blocks = tl.where(column == page, block, blocks)
+        tl.store(out_block_tables_ptr + row * max_blocks + column, blocks, mask=column <= page)
     tl.store(table_ptr + page, new_block, mask=has_new)
 
 
