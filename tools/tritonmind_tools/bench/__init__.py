@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import compare, kernels, plot, profile, static, throughput
+from tritonmind_tools.bench import compare, kernels, plot, profile, serving, static, throughput
 
 
 def register(commands: Any) -> None:
@@ -14,6 +14,7 @@ def register(commands: Any) -> None:
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     static.register(kinds)
     throughput.register(kinds)
+    serving.register(kinds)
     compare.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)

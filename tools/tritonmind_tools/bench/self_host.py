@@ -1,0 +1,79 @@
+"""A workspace served by the embedded server and then run by a bare engine, both with the same settings."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritonmind.errors import WorkspaceError
+from tritonmind_tools.embedded_server import MODEL_NAME, EmbeddedServer
+
+if TYPE_CHECKING:
+    from tritonmind.engine.client import EngineClient
+
+# config.pbtxt's parameters that are not the engine's.
+_ADAPTER_PARAMETERS = ("engine_failure", "drain_timeout_s", "max_sessions", "max_session_tokens", "default_priority")
+
+
+@contextmanager
+def hosted(workspace: Path, settings: Mapping[str, object]) -> Iterator[EmbeddedServer]:
+    """A ready server on a free port of 127.0.0.1. settings: parameters over those of the workspace's config.pbtxt.
+
+    Raises WorkspaceError for what is no workspace, and what EmbeddedServer raises.
+    """
+    model = workspace / "model_repository" / MODEL_NAME
+    if not (model / "config.pbtxt").is_file():
+        raise WorkspaceError(f"--self-host={str(workspace)!r} is no workspace; make one with `tritonmind convert`")
+    with tempfile.TemporaryDirectory(prefix="tritonmind-bench-") as scratch:
+        copy = Path(scratch) / "model_repository" / MODEL_NAME
+        copy.mkdir(parents=True)
+        for entry in model.iterdir():
+            if entry.name != "config.pbtxt":
+                (copy / entry.name).symlink_to(entry.resolve())
+        # Of a key that comes twice the last value counts.
+        lines = [_parameter(name, value) for name, value in settings.items()]
+        (copy / "config.pbtxt").write_text("\n".join([(model / "config.pbtxt").read_text(), *lines, ""]))
+        with EmbeddedServer(scratch, grpc_port=0, on_progress=lambda text: print(text, flush=True)) as server:
+            yield server
+
+
+def engine_settings(address: str) -> dict[str, object]:
+    """The engine's settings, as the server at `address` gave them to its own."""
+    from tritonclient import grpc
+
+    with grpc.InferenceServerClient(address) as client:
+        config = client.get_model_config(MODEL_NAME).config
+    return {
+        name: _value(entry.string_value)
+        for name, entry in config.parameters.items()
+        if entry.string_value and name not in _ADAPTER_PARAMETERS and not name.isupper()
+    }
+
+
+@contextmanager
+def bare_engine(workspace: Path, settings: dict[str, object]) -> Iterator[EngineClient]:
+    """An engine in a process of its own, as the adapter starts it."""
+    from tritonmind.engine.launch import start_engine
+
+    client = start_engine(str(workspace), settings)
+    try:
+        yield client
+    finally:
+        client.shutdown()
+
+
+def _parameter(name: str, value: object) -> str:
+    text = json.dumps(value) if isinstance(value, (bool, int, float)) else str(value)
+    return f"parameters {{ key: {json.dumps(name)} value: {{ string_value: {json.dumps(text)} }} }}"
+
+
+def _value(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float, bool)) else text

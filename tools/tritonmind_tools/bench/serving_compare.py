@@ -1,0 +1,80 @@
+"""The same requests through an embedded server and on a bare engine, in one run: `bench serving --self-host`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tritonmind.workspace import Workspace
+from tritonmind_tools.bench import grid, machine
+from tritonmind_tools.bench.load import Target
+from tritonmind_tools.bench.options import key_values
+from tritonmind_tools.bench.report import PRECISIONS, Report, print_table
+from tritonmind_tools.bench.rounds import run_round
+from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted
+from tritonmind_tools.bench.serving import WARM_UP_TOKENS, Load, make_row, measure
+from tritonmind_tools.bench.shapes import shape_name
+
+BARE_ENGINE = "bare engine"
+
+
+def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) -> list[dict[str, Any]]:
+    """Rows of the server, then, of those loads that are equal requests all at once, rows of the engine.
+
+    A server's row says in ratio_to_engine which share of the engine's tokens a second it had.
+    """
+    workspace = Path(args.self_host)
+    settings = {
+        "enable_prefix_caching": False,
+        "check_integrity_when_idle": False,
+        "max_num_seqs": args.max_batch,
+        **key_values(args.engine_options),
+    }
+    bandwidth = machine.copy_bandwidth()
+    with hosted(workspace, settings) as server:
+        model = Workspace.open(server.repository / args.model / "1").model
+        target = Target(server.address, args.model, model.vocab_size, args.processes, args.text_prompts)
+        results = measure(target, args, report, loads)
+        settings = engine_settings(server.address)
+    report.notes["settings"] = ", ".join(f"{name}={value}" for name, value in settings.items())
+    batches = [load for load in loads if load.is_batch]
+    engine_rows: dict[str, grid.Row] = {}
+    with bare_engine(workspace, settings) as client:
+        precision = PRECISIONS[client.info.dtype]
+        # The rate of arithmetic is for rows of prompts alone, of which there are none.
+        facts = grid.Facts(model, client.info.dtype, bandwidth, float("inf"), client.info.max_num_seqs)
+        for load in batches:
+            workload = grid.batch(len(load.lengths), *load.lengths[0])
+            warm_up = [(prompt, min(answer, WARM_UP_TOKENS)) for prompt, answer in load.lengths]
+            run_round(client, model, warm_up, seed=f"{load.name} warm-up")
+            rounds = [
+                run_round(client, model, load.lengths, seed=f"{load.name} {number}") for number in range(args.rounds)
+            ]
+            engine_rows[load.name] = grid.make_row(workload, rounds, facts, BARE_ENGINE)
+    rows = []
+    for load, result in results:
+        row = make_row(load, result, shape_name(model), precision)
+        engine = engine_rows.get(load.name)
+        if engine is not None:
+            ratio = result.tokens_per_second / engine.tokens_per_second
+            row |= {"ratio_to_engine": ratio, "roofline_fraction": engine.roofline_fraction * ratio}
+        rows.append(row)
+    _print(rows, engine_rows)
+    return [*rows, *(dataclasses.asdict(row) for row in engine_rows.values())]
+
+
+def _print(rows: list[dict[str, Any]], engine_rows: dict[str, grid.Row]) -> None:
+    compared = [row for row in rows if row["workload"] in engine_rows]
+    lines = [
+        [
+            row["workload"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{engine_rows[row['workload']].tokens_per_second:.0f}",
+            f"{row['ratio_to_engine']:.1%}",
+        ]
+        for row in compared
+    ]
+    if lines:
+        print_table(("workload", "server tok/s", "bare engine tok/s", "server / engine"), lines)
