@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tritonmind.kernels.decode_plan import DecodePlan
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
@@ -22,6 +24,7 @@ class AttentionMetadata:
     prefill_context_lens: torch.Tensor  # [num_prefills] int32, the chunk included
     prefill_cu_seqlens_q: torch.Tensor  # [num_prefills + 1] int32
     max_query_len: int  # longest chunk, 0 without prefills
+    decode_plan: DecodePlan | None = None  # of the decodes on a GPU; the model adds it
 
 
 @dataclass(frozen=True, kw_only=True)

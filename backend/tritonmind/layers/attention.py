@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
-from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, rotary_kv_write
-from tritonmind.model_inputs import AttentionMetadata
+from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, plan_decode, rotary_kv_write
+from tritonmind.model_inputs import AttentionMetadata, ModelInputs
+
+
+def with_decode_plan(
+    inputs: ModelInputs, kv_cache: tuple[torch.Tensor, torch.Tensor], *, num_heads: int
+) -> ModelInputs:
+    """The inputs with a plan for their decodes, which all layers follow. kv_cache: any layer's."""
+    metadata = inputs.attention
+    if not metadata.num_decodes:
+        return inputs
+    _, num_kv_heads, block_size, head_dim = kv_cache[0].shape
+    plan = plan_decode(
+        metadata.decode_context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        block_size=block_size, dtype=kv_cache[0].dtype,
+    )  # fmt: skip
+    if plan is None:
+        return inputs
+    return dataclasses.replace(inputs, attention=dataclasses.replace(metadata, decode_plan=plan))
 
 
 class Attention(nn.Module):
@@ -55,5 +74,5 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         return paged_decode_attention(
             q, *kv_cache, metadata.decode_block_tables, metadata.decode_context_lens,
-            softmax_scale=self.softmax_scale, out=out,
+            softmax_scale=self.softmax_scale, plan=metadata.decode_plan, out=out,
         )  # fmt: skip

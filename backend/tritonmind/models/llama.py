@@ -10,7 +10,7 @@ from torch import nn
 
 from tritonmind.config import ModelConfig
 from tritonmind.kernels import gather_rows
-from tritonmind.layers.attention import Attention
+from tritonmind.layers.attention import Attention, with_decode_plan
 from tritonmind.layers.linear import GatedLinear, Linear
 from tritonmind.layers.norm import RMSNorm
 from tritonmind.layers.rotary import cos_sin_table
@@ -88,6 +88,7 @@ class LlamaForCausalLM(nn.Module):
 
     def hidden_states(self, inputs: ModelInputs, kv_caches: KVCaches) -> HiddenStates:
         """Run the layers over the step's tokens."""
+        inputs = with_decode_plan(inputs, kv_caches[0], num_heads=self.config.num_heads)
         x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
