@@ -55,6 +55,8 @@ def decode(seqs: list[Sequence]) -> SchedulerOutput:
         token_ids=np.array([seq.token_ids[-1] for seq in seqs], dtype=np.int32),
         new_blocks=np.full(num_rows, NO_BLOCK, dtype=np.int32),
         fresh=list(range(num_rows)),
+        growing=[],
+        filling=[],
         ending=[],
     )
     return SchedulerOutput(rows, [])

@@ -66,7 +66,8 @@ class Harness:
         head.sample_positions[: len(slots)] = positions
         self.sampler.stage(head)
         self.staging.send_head()
-        return self.staging.finish(self.sampler.sample(logits, greedy=greedy))[0].tolist()
+        self.sampler.sample(logits, greedy=greedy)
+        return self.staging.finish(self.sampler.token_ids, len(slots))[0].tolist()
 
 
 def expected_token(logits: torch.Tensor, seq: Sequence, position: int) -> int:

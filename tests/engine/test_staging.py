@@ -26,7 +26,7 @@ def test_every_word_arrives_where_the_device_reads_it(device: str, num_tokens: i
         arrived = [*staging.device_head, *staging.device_tail(tail)]
         for want, got in zip(expected, arrived, strict=True):
             assert np.array_equal(got.cpu().numpy(), want)
-        staging.finish(torch.zeros(0, dtype=torch.int64, device=device))
+        staging.finish(torch.zeros(7, dtype=torch.int64, device=device), 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -40,8 +40,8 @@ def test_a_step_of_decodes_sends_its_head_and_gets_its_draw(device: str) -> None
         staging.send_head()
         for want, got in zip(expected, staging.device_head, strict=True):
             assert np.array_equal(got.cpu().numpy(), want)
-        drawn = torch.arange(5, device=device) + round_number
-        token_ids, event = staging.finish(drawn)
+        drawn = torch.arange(7, device=device) + round_number
+        token_ids, event = staging.finish(drawn, 5)
         if event is not None:
             event.synchronize()
         drawn.fill_(-1)
@@ -63,7 +63,7 @@ def test_padding_is_reset() -> None:
         assert (head.context_lens == 0).all() and (head.sample_slots == -1).all() and (head.seq_slots == 0).all()
         for part in head:
             part[...] = 5
-        staging.finish(torch.zeros(0, dtype=torch.int64))
+        staging.finish(torch.zeros(4, dtype=torch.int64), 0)
 
 
 def test_a_step_beyond_its_limits_is_our_mistake() -> None:

@@ -27,6 +27,8 @@ class DecodeRows(NamedTuple):
     token_ids: np.ndarray  # [n] int32, FROM_DEVICE for all but the rows in `fresh`
     new_blocks: np.ndarray  # [n] int32, the block that the token is the first one of; NO_BLOCK: it has had one before
     fresh: list[int]  # rows that draw for the first time since their sequence was admitted
+    growing: list[int]  # rows with a new block
+    filling: list[int]  # rows whose token is the last one of its block
     ending: list[int]  # rows whose sequence has all the tokens it may have after this draw
 
 
@@ -41,7 +43,8 @@ class DecodeBatch:
         self._slots, self._starts, self._token_ids, self._new_blocks = self._columns[:4]
         self._capacities, self._last_starts = self._columns[4:]
         self._num_fresh = 0
-        self._num_new_blocks = 0
+        self._num_growing = 0
+        self._full: list[Sequence] = []  # those whose next token lies beyond their blocks, and some that have left
 
     def __len__(self) -> int:
         return len(self._seqs)
@@ -67,6 +70,8 @@ class DecodeBatch:
         self._num_fresh += not seq.has_drawn
         capacity = len(seq.block_table) * self._block_size
         self._columns[:, row] = seq.slot, start, token_id, NO_BLOCK, capacity, max_num_tokens - 2
+        if start == capacity:
+            self._full.append(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Let a sequence decode no more; its counts are its own again."""
@@ -74,7 +79,7 @@ class DecodeBatch:
         seq.num_computed_tokens = int(self._starts[row])
         seq.num_tokens = seq.num_computed_tokens + 1
         self._num_fresh -= int(self._token_ids[row] != FROM_DEVICE)
-        self._num_new_blocks -= int(self._new_blocks[row] != NO_BLOCK)
+        self._num_growing -= int(self._new_blocks[row] != NO_BLOCK)
         if row < last:
             moved = self._seqs[last]
             moved.row = row
@@ -86,9 +91,7 @@ class DecodeBatch:
 
     def without_block(self) -> list[Sequence]:
         """Those whose next token lies beyond their blocks: `add_block` must follow, or `remove`."""
-        num_rows = len(self._seqs)
-        rows = np.flatnonzero(self._starts[:num_rows] == self._capacities[:num_rows])
-        return [self._seqs[row] for row in rows.tolist()]
+        return [seq for seq in self._full if seq.row >= 0 and self._starts[seq.row] == self._capacities[seq.row]]
 
     def add_block(self, seq: Sequence) -> None:
         """A sequence has got the block that its next token needs, the last one of its table."""
@@ -96,40 +99,54 @@ class DecodeBatch:
         assert self._starts[row] == self._capacities[row]
         self._new_blocks[row] = seq.block_table[-1]
         self._capacities[row] += self._block_size
-        self._num_new_blocks += 1
+        self._num_growing += 1
 
     def take(self) -> DecodeRows:
         """The next token of each. Those that may have no further one leave."""
         num_rows = len(self._seqs)
         columns = self._columns[:4, :num_rows].copy()
         slots, starts, token_ids, new_blocks = columns
-        fresh = np.flatnonzero(token_ids != FROM_DEVICE).tolist() if self._num_fresh else []
-        ending = np.flatnonzero(starts == self._last_starts[:num_rows]).tolist()
+        next_starts = self._starts[:num_rows]
+        next_starts += 1
         rows = DecodeRows(
-            list(self._seqs), list(self._request_ids), slots, starts, token_ids, new_blocks, fresh, ending
+            seqs=list(self._seqs),
+            request_ids=list(self._request_ids),
+            slots=slots,
+            starts=starts,
+            token_ids=token_ids,
+            new_blocks=new_blocks,
+            fresh=_rows_of(token_ids != FROM_DEVICE) if self._num_fresh else [],
+            growing=_rows_of(new_blocks != NO_BLOCK) if self._num_growing else [],
+            # Blocks are allotted one at a time: where they end, the block of the token ends.
+            filling=_rows_of(next_starts == self._capacities[:num_rows]),
+            ending=_rows_of(starts == self._last_starts[:num_rows]),
         )
-        self._starts[:num_rows] += 1
-        for row in fresh:
+        self._full = [rows.seqs[row] for row in rows.filling]
+        for row in rows.fresh:
             rows.seqs[row].has_drawn = True
-        if self._num_fresh:
+        if rows.fresh:
             self._token_ids[:num_rows] = FROM_DEVICE
-            self._num_fresh = 0
-        if self._num_new_blocks:
+        if rows.growing:
             self._new_blocks[:num_rows] = NO_BLOCK
-            self._num_new_blocks = 0
-        for row in ending:
+        self._num_fresh = self._num_growing = 0
+        for row in rows.ending:
             self.remove(rows.seqs[row])
         return rows
 
     def check_integrity(self) -> None:
         """Re-derive the columns from the sequences; AssertionError where they differ."""
         assert self._request_ids == [seq.request_id for seq in self._seqs], "request ids are not those of the rows"
-        assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs)
+        assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs) and not self._num_growing
         for row, seq in enumerate(self._seqs):
             where = f"{seq.request_id} in row {row}"
             slot, start, token_id, new_block, capacity, last_start = self._columns[:, row].tolist()
             assert seq.row == row and seq.slot == slot, f"{where}: row or slot is another's"
             assert start <= last_start, f"{where}: decodes past its last token"
             assert capacity == len(seq.block_table) * self._block_size, f"{where}: blocks are not counted"
-            assert start <= capacity and new_block == NO_BLOCK
+            assert start < capacity or (start == capacity and seq in self._full), f"{where}: lacks a block"
+            assert capacity - start <= self._block_size and new_block == NO_BLOCK
             assert token_id == (FROM_DEVICE if seq.has_drawn else seq.token_ids[start]), f"{where}: wrong token"
+
+
+def _rows_of(mask: np.ndarray) -> list[int]:
+    return mask.nonzero()[0].tolist()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig
-from tritonmind.engine.decode_batch import NO_BLOCK, DecodeRows
+from tritonmind.engine.decode_batch import DecodeRows
 from tritonmind.engine.sampler import DRAWS, Sampler
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.engine.staging import StepStaging, Tail
@@ -68,9 +68,9 @@ class InputBuilder:
         """Send a step."""
         return self._stage_mixed(output) if output.prefills else self._stage_decodes(output.decodes)
 
-    def finish(self, sampled: torch.Tensor) -> tuple[np.ndarray, torch.cuda.Event | None]:
+    def finish(self, step: Step) -> tuple[np.ndarray, torch.cuda.Event | None]:
         """Send what the step has drawn back: where it will be, and the event after which it is there; see staging."""
-        return self._staging.finish(sampled)
+        return self._staging.finish(self.sampler.token_ids, step.num_samples)
 
     def _stage_decodes(self, rows: DecodeRows) -> Step:
         """A step of decodes only: all in the head, at the same addresses each time, to be completed by a graph."""
@@ -112,9 +112,9 @@ class InputBuilder:
         ends = np.cumsum(query_lens, dtype=np.int32)
         contexts = starts + query_lens
         indices, blocks = self._admit_rows(rows)
-        new_rows = np.flatnonzero(rows.new_blocks != NO_BLOCK)
-        indices += (rows.slots[new_rows] * self.max_blocks + rows.starts[new_rows] // self._block_size).tolist()
-        blocks += rows.new_blocks[new_rows].tolist()
+        pages = rows.starts[rows.growing] // self._block_size
+        indices += (rows.slots[rows.growing] * self.max_blocks + pages).tolist()
+        blocks += rows.new_blocks[rows.growing].tolist()
         for item in prefills:
             self._admit(item.seq, indices, blocks)
 
@@ -267,9 +267,8 @@ class InputBuilder:
         blocks: list[int] = []
         for row in rows.fresh:
             self._admit(rows.seqs[row], indices, blocks)
-        new_rows = np.flatnonzero(rows.new_blocks != NO_BLOCK)
-        if len(new_rows):
-            slots, pages = rows.slots[new_rows], rows.starts[new_rows] // self._block_size
+        if rows.growing:
+            slots, pages = rows.slots[rows.growing], rows.starts[rows.growing] // self._block_size
             assert (self._num_table_blocks[slots] == pages).all(), "a block table on the device has a gap"
             self._num_table_blocks[slots] += 1
         return indices, blocks

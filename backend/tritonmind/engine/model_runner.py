@@ -29,7 +29,7 @@ from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import PREFILL_VARIANTS, decode_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
@@ -133,24 +133,27 @@ class ModelRunner:
         prompts = None
         if hidden is not None:
             prompts = logprobs.of_prompts(self.model, hidden, output.prefills, self._spare_logits)
-        num_top, logits = self._edit(output, step) if step.wishes & (EDITS | LOGPROBS) else ([], self.logits)
-        sampled = self._sample(step) if step.num_samples else self._sampler.token_ids[:0]
-        draws = logprobs.of_draws(logits[: step.num_samples], sampled, num_top)
+        draws = None
+        if step.wishes & (EDITS | LOGPROBS):
+            draws = self._edit_and_sample(step, [item for item in output.items if item.samples])
+        elif step.num_samples:
+            self._sample(step)
         # Last, because its event says that all that the step sends is on the host.
-        token_ids, event = self._builder.finish(sampled)
+        token_ids, event = self._builder.finish(step)
         return StepHandle(token_ids, event, draws, prompts)
 
-    def _edit(self, output: SchedulerOutput, step: Step) -> tuple[list[int | None], torch.Tensor]:
-        """Change the logits as the requests say. Returns how many log-probabilities each wants, and of which logits."""
-        sampling = [item for item in output.items if item.samples]
+    def _edit_and_sample(self, step: Step, sampling: list[ScheduledSequence]) -> logprobs.PendingLogprobs | None:
+        """Change the logits as the requests say, and draw. Log-probabilities are those of the model all the same."""
+        num_rows = step.num_samples
+        logits = changed = self.logits[:num_rows]
         edits = self._editor.plan(sampling)
-        logits = self.logits[: step.num_samples]
         if edits is not None:
             if step.wishes & LOGPROBS:
-                # Log-probabilities are those of the model, whatever a request does to its logits.
-                logits = self._spare_logits[: step.num_samples].copy_(logits)
-            edits.apply(self.logits[: step.num_samples], *self._sampler.slots_and_last_token_ids(step.num_samples))
-        return [item.seq.request.num_logprobs for item in sampling], logits
+                logits = self._spare_logits[:num_rows].copy_(logits)
+            edits.apply(changed, *self._sampler.slots_and_last_token_ids(num_rows))
+        self._sample(step)
+        num_top = [item.seq.request.num_logprobs for item in sampling]
+        return logprobs.of_draws(logits, self._sampler.token_ids[:num_rows], num_top)
 
     def _forward(self, step: Step) -> HiddenStates | None:
         """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none."""
@@ -167,13 +170,13 @@ class ModelRunner:
             self.model.logits(hidden, inputs.logits_rows, out=self.logits[: step.num_samples])
         return hidden
 
-    def _sample(self, step: Step) -> torch.Tensor:
-        num_samples = step.num_samples
+    def _sample(self, step: Step) -> None:
+        """Draw for the step's sampling rows, into the sampler's token_ids."""
         graphs = self._sampler_graphs.get(step.greedy)
         if graphs is None:
-            return self._sampler.sample(self.logits[:num_samples], greedy=step.greedy)
-        graphs.replay(bucket_of(self._buckets, num_samples))
-        return self._sampler.token_ids[:num_samples]
+            self._sampler.sample(self.logits[: step.num_samples], greedy=step.greedy)
+        else:
+            graphs.replay(bucket_of(self._buckets, step.num_samples))
 
     def _get_ready(self) -> None:
         """Size and allocate the cache; on a GPU also run every variant of every kernel once and capture the graphs."""
@@ -261,7 +264,7 @@ class ModelRunner:
         hidden = self._forward(step)
         for wishes in (0, DRAWS):
             self._sample(step._replace(wishes=wishes))
-        self._builder.finish(self._sampler.token_ids[:0])
+        self._builder.finish(step)
         del hidden
 
     def _capture(self) -> None:

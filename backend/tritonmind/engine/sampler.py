@@ -29,6 +29,7 @@ class Sampler:
         # Rows in the order of SamplingState; int32 values in the same words as the fp32 ones.
         self._host_words = np.zeros(head.params.shape, dtype=np.int32)
         self._host_seeds = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._host_seed_bits = self._host_seeds.view(np.int64)
         self._wishes = np.zeros(max_num_seqs, dtype=np.uint8)
         as_float = head.params.view(torch.float32)
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -80,7 +81,7 @@ class Sampler:
     def stage(self, head: HostHead) -> None:
         """Write the options of all slots into a step's inputs."""
         head.params[:] = self._host_words
-        head.seeds[:] = self._host_seeds.view(np.int64)
+        head.seeds[:] = self._host_seed_bits
 
     def wishes(self, slots: np.ndarray) -> int:
         """What the requests in these slots ask for, together: DRAWS, EDITS and LOGPROBS, or 0."""

@@ -25,8 +25,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
@@ -328,7 +326,7 @@ class Scheduler:
         """Offer the blocks that these tokens were the last of to the prefix cache."""
         if not self.block_manager.enable_prefix_caching:
             return
-        for row in np.flatnonzero((rows.starts + 1) % self.block_manager.block_size == 0).tolist():
+        for row in rows.filling:
             # A sequence preempted since then has no blocks any more.
             if rows.seqs[row].status is SequenceStatus.RUNNING:
                 self.block_manager.commit(rows.seqs[row], int(rows.starts[row]) + 1)

@@ -110,19 +110,20 @@ class StepStaging:
         head.sample_slots.fill(-1)
         return head
 
-    def finish(self, sampled: torch.Tensor) -> tuple[np.ndarray, torch.cuda.Event | None]:
-        """Send what the step has drawn, [R] int64, to the host, in the order of the current stream.
+    def finish(self, drawn: torch.Tensor, num_rows: int) -> tuple[np.ndarray, torch.cuda.Event | None]:
+        """Send what the step has drawn to the host, in the order of the current stream.
 
-        Returns where it will be, until as many steps as there are buffers have begun, and the event after which it and
-        all that the step sent before are there; None: it is there.
+        drawn: [max_num_seqs] int64, copied as a whole, which costs no more. Returns where its first rows will be, until
+        as many steps as there are buffers have begun, and the event after which it and all that the step sent before
+        are there; None: it is there.
         """
         buffer = self._buffers[self._current]
         buffer.is_open = False
         if buffer.event is None:
-            return sampled.numpy().copy(), None  # the next step overwrites it
-        buffer.token_ids[: len(sampled)].copy_(sampled, non_blocking=True)
+            return drawn.numpy()[:num_rows].copy(), None  # the next step overwrites it
+        buffer.token_ids.copy_(drawn, non_blocking=True)
         buffer.event.record()
-        return buffer.host_token_ids[: len(sampled)], buffer.event
+        return buffer.host_token_ids[:num_rows], buffer.event
 
     def send_head(self) -> None:
         """Copy the head to the device, in the order of the current stream, without waiting."""
