@@ -3,6 +3,8 @@
 from tritonmind.kernels.activation import silu_mul
 from tritonmind.kernels.attention import (
     PREFILL_VARIANTS,
+    AttentionVariants,
+    attention_variants,
     decode_variants,
     paged_decode_attention,
     paged_prefill_attention,
@@ -29,12 +31,14 @@ from tritonmind.kernels.step_inputs import (
 __all__ = [
     "PREFILL_VARIANTS",
     "PROMPT_FLAG",
+    "AttentionVariants",
     "DecodeInputs",
     "DecodePlan",
     "SamplingState",
     "TokenInputs",
     "TokenLogprobs",
     "add_rms_norm",
+    "attention_variants",
     "decode_variants",
     "edit_logits",
     "gate_up",

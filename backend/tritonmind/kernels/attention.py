@@ -3,9 +3,11 @@
 Two launchers: one query token a sequence (decode), and several (prefill, a chunk of it, or draft tokens).
 """
 
+from typing import NamedTuple
+
 import torch
 
-from tritonmind.kernels import cpu
+from tritonmind.kernels import cpu, tuning
 from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.dispatch import (
     FLOAT_DTYPES,
@@ -27,6 +29,31 @@ PREFILL_VARIANTS = (16, 64, 128)
 def decode_variants(max_num_seqs: int, num_kv_heads: int, max_blocks: int, device: torch.device) -> list[int]:
     """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use."""
     return [max_num_seqs]
+
+
+class AttentionVariants(NamedTuple):
+    """Sizes of steps that between them use every variant of the attention kernels, the largest first."""
+
+    num_decodes: list[int]
+    max_query_lens: list[int]
+
+
+def attention_variants(
+    max_num_seqs: int, max_query_len: int, *, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+    dtype: torch.dtype, device: torch.device,
+) -> AttentionVariants:  # fmt: skip
+    """What a warm-up must run for batches of up to `max_num_seqs` and query runs of up to `max_query_len`.
+
+    dtype: of the KV cache. A CPU has one variant of each.
+    """
+    if device.type == "cpu":
+        return AttentionVariants([max_num_seqs], [max_query_len])
+    sizes = {
+        "head_dim": head_dim, "group": num_heads // num_kv_heads, "block_size": block_size, "itemsize": dtype.itemsize
+    }  # fmt: skip
+    decodes = tuning.variants("decode_attention", device, max_rows=max_num_seqs, **sizes)
+    prefills = tuning.variants("prefill_attention", device, max_rows=max_query_len, **sizes)
+    return AttentionVariants([rows for rows, _ in decodes], [rows for rows, _ in prefills])
 
 
 def _check(

@@ -24,7 +24,7 @@ EDITS_PER_ROW = 16
 NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: a list of sizes, and noise for the CPU; the card's is part of sample_tokens.
-NOT_MEASURED = {"decode_variants", "gumbel_noise", "philox_uniform", "product_variants"}
+NOT_MEASURED = {"attention_variants", "decode_variants", "gumbel_noise", "philox_uniform", "product_variants"}
 
 
 class Setting(NamedTuple):
@@ -155,14 +155,32 @@ def _rotary_kv_write(setting: Setting, point: Point) -> Case:
     return Case(2 * point.num_tokens * shape.qkv_size * setting.dtype.itemsize + angles, 0, make)
 
 
+def _plan(setting: Setting, context_lens: torch.Tensor) -> kernels.DecodePlan | None:
+    shape = setting.shape
+    return kernels.plan_decode(
+        context_lens, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+        block_size=BLOCK_SIZE, dtype=setting.dtype,
+    )  # fmt: skip
+
+
+def _plan_decode(setting: Setting, point: Point) -> Case:
+    def make() -> Callable[[], object]:
+        lengths = _context_lens(setting, point)
+        return lambda: _plan(setting, lengths)
+
+    return Case(point.num_seqs * 4 * (1 + 4 + setting.shape.num_kv_heads), 0, make)
+
+
 def _decode_attention(setting: Setting, point: Point) -> Case:
+    """One layer's; the plan is made once a step."""
     shape = setting.shape
 
     def make() -> Callable[[], object]:
         q = _random(setting, point.num_seqs, shape.num_heads, shape.head_dim)
         pools, tables = _kv_pools(setting, point), _block_tables(setting, point)
         lengths, scale = _context_lens(setting, point), shape.head_dim**-0.5
-        return lambda: kernels.paged_decode_attention(q, *pools, tables, lengths, softmax_scale=scale)
+        plan = _plan(setting, lengths)
+        return lambda: kernels.paged_decode_attention(q, *pools, tables, lengths, softmax_scale=scale, plan=plan)
 
     q_bytes = point.num_seqs * shape.hidden_size * setting.dtype.itemsize
     num_flops = 4 * point.num_seqs * point.context * shape.hidden_size
@@ -324,6 +342,7 @@ KERNELS = (
     Kernel("add_rms_norm", "add_rms_norm", True, True, _add_rms_norm),
     Kernel("w_qkv", "linear", True, True, _linear(lambda s: s.hidden_size, lambda s: s.qkv_size)),
     Kernel("rotary_kv_write", "rotary_kv_write", True, True, _rotary_kv_write),
+    Kernel("plan_decode", "plan_decode", True, False, _plan_decode),
     Kernel("paged_decode_attention", "paged_decode_attention", True, False, _decode_attention),
     Kernel("paged_prefill_attention", "paged_prefill_attention", False, True, _prefill_attention),
     Kernel("wo", "linear", True, True, _linear(lambda s: s.hidden_size, lambda s: s.hidden_size)),
