@@ -232,7 +232,7 @@ class ModelRunner:
         max_tokens, max_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         longest = self._run_largest()
         for rows in self.model.row_variants(max_tokens, max_seqs):
-            self._run_padding(0, _spread(rows, max_seqs))
+            self._run_padding(0, _spread(min(rows, max_seqs * longest), max_seqs))
         for query_len in PREFILL_VARIANTS:
             self._run_padding(0, [min(query_len, longest)])
         num_kv_heads = model.num_kv_heads // self.config.tensor_parallel_size
