@@ -1,0 +1,88 @@
+"""What a chain of programmatic dependent launches rests on, read from the kernels' syntax trees, and its switch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritonmind import kernels
+from tritonmind.kernels import pdl
+
+SOURCES = sorted(Path(kernels.__file__).parent.glob("triton_*.py"))
+# Nothing writes these while the model runs, so that they may be read before the kernel before has ended.
+CONSTANT_POINTERS = {"weight_ptr"}
+MEMORY_CALLS = {"load", "store", "atomic_add", "atomic_xchg", "atomic_cas", "load_sum"}
+
+
+def name_of(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def calls(node: ast.AST) -> Iterator[ast.Call]:
+    return (child for child in ast.walk(node) if isinstance(child, ast.Call))
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for source in SOURCES:
+        for node in ast.parse(source.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                yield f"{source.name}:{node.name}", node
+
+
+KERNELS = {name: node for name, node in functions() if "PDL" in {arg.arg for arg in node.args.args}}
+LAUNCHES = [(name, call) for name, node in functions() for call in calls(node) if isinstance(call.func, ast.Subscript)]
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(KERNELS) >= 10 and len(LAUNCHES) >= len(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_waits_before_it_touches_what_others_write(name: str) -> None:
+    """`wait` stands at the top level of the kernel, so that no program passes by, and before every access."""
+    kernel = KERNELS[name]
+    waits = [
+        index
+        for index, statement in enumerate(kernel.body)
+        if isinstance(statement, ast.Expr) and any(name_of(call) == "wait" for call in calls(statement))
+    ]
+    assert len(waits) == 1, "one wait, outside of any branch"
+    for statement in kernel.body[: waits[0]]:
+        assert not any(isinstance(child, ast.Return) for child in ast.walk(statement)), "ends without waiting"
+        for call in calls(statement):
+            if name_of(call) in MEMORY_CALLS:
+                pointers = {child.id for child in ast.walk(call.args[0]) if isinstance(child, ast.Name)}
+                assert pointers & CONSTANT_POINTERS, f"line {call.lineno} reads or writes before the wait"
+
+
+def test_a_launch_has_the_attribute_exactly_if_its_kernel_waits() -> None:
+    for name, call in LAUNCHES:
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("PDL") == keywords.get("launch_pdl"), f"{name}, line {call.lineno}"
+
+
+def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = {"value": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
+    card = torch.device("cuda", 0)
+
+    def used(device: torch.device = card) -> bool:
+        pdl.use_pdl.cache_clear()
+        return pdl.use_pdl(device)
+
+    monkeypatch.delenv(pdl.VARIABLE, raising=False)
+    assert used() and not used(torch.device("cpu"))
+    monkeypatch.setenv(pdl.VARIABLE, "0")
+    assert not used()
+    monkeypatch.setenv(pdl.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="TRITONMIND_PDL='yes' must be 0"):
+        used()
+    monkeypatch.setenv(pdl.VARIABLE, "1")
+    capability["value"] = (8, 9)
+    assert not used(), "cards before sm_90 have no such launch"
+    pdl.use_pdl.cache_clear()
