@@ -32,11 +32,16 @@ def make_workspace(directory: Path, *options: str) -> Path:
     return workspace
 
 
-@contextmanager
-def running(workspace: Path, http_port: int | None = None, metrics_port: int | None = None) -> Iterator[EmbeddedServer]:
-    """A ready server; skips the test where there is none, neither its wheel nor $TRITONSERVER_HOME."""
+def need_server() -> None:
+    """Skip the test where there is no Triton server, neither its wheel nor $TRITONSERVER_HOME."""
     if importlib.util.find_spec("pytriton") is None and HOME_VARIABLE not in os.environ:
         pytest.skip(f"nvidia-pytriton is not installed, and {HOME_VARIABLE} is not set")
+
+
+@contextmanager
+def running(workspace: Path, http_port: int | None = None, metrics_port: int | None = None) -> Iterator[EmbeddedServer]:
+    """A ready server; skips the test where there is none."""
+    need_server()
     log_path = workspace / "server.log"
     with EmbeddedServer(
         workspace, grpc_port=0, log_path=log_path, http_port=http_port, metrics_port=metrics_port

@@ -111,7 +111,7 @@ class Senders:
             self._metrics.count("generated_tokens", sum([answer.num_output_tokens for answer in answers]))
             live.responder.send(answers, final=True)
             self._end(live, None)
-        elif live.request.stream and any([answer.text and answer.num_output_tokens for answer in answers]):
+        elif live.request.stream and any(answer.text and answer.num_output_tokens for answer in answers):
             for choice in live.choices:
                 choice.answer = choice.answer.rest()
             self._metrics.count("generated_tokens", sum([answer.num_output_tokens for answer in answers]))

@@ -42,18 +42,25 @@ class Endpoint(Protocol):
         """The answer's messages as they come. Raises EndpointError."""
 
 
+def check_url(url: str) -> None:
+    """Raise ConfigError saying what is wrong with an endpoint's address."""
+    if url.startswith(("http://", "https://")):
+        OpenAiEndpoint(url, "")
+    else:
+        parse_address(url)
+
+
 @contextlib.asynccontextmanager
 async def connect(url: str, model: str) -> AsyncIterator[Endpoint]:
     """The endpoint at HOST:PORT (gRPC of a Triton server) or at http(s)://HOST:PORT/v1 (OpenAI).
 
-    Raises ConfigError for a malformed url.
+    Raises ConfigError for a malformed http address.
     """
     if url.startswith(("http://", "https://")):
         yield OpenAiEndpoint(url, model)
         return
     from grpc import aio
 
-    parse_address(url)
     async with aio.insecure_channel(url, options=_GRPC_OPTIONS) as channel:
         yield TritonEndpoint(channel, model)
 

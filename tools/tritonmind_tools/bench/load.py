@@ -18,7 +18,7 @@ import tritonmind_tools
 from tritonmind.errors import ConfigError, UnavailableError
 from tritonmind_tools.bench.load_client import Outcome, Plan, Request, Share
 
-CLIENT_MODULE = "tritonmind_tools.bench.load_client"
+CLIENT = "from tritonmind_tools.bench.load_client import main; main()"
 REQUEST_TIMEOUT_S = 600.0
 
 
@@ -100,7 +100,7 @@ def _client() -> subprocess.Popen[bytes]:
     roots = dict.fromkeys(str(Path(package.__path__[0]).parent) for package in (tritonmind_tools, tritonmind))
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-m", CLIENT_MODULE],
+        [sys.executable, "-c", CLIENT],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -1,4 +1,4 @@
-"""One process of a load: `python -m tritonmind_tools.bench.load_client` reads a Plan, says "ready", waits for "go".
+"""One process of a load: `main` reads a Plan, says "ready", waits for "go", and writes what came of it.
 
 A benchmark starts a few of these, because one Python process takes a few thousand messages a second. Everything that
 can be made before is made before "ready"; times are of the clock that all processes of a machine share.
@@ -160,7 +160,3 @@ WORDS = ("the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with",
 def _say(text: str) -> None:
     sys.stdout.write(text.replace("\n", " ") + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 _ADAPTER_PARAMETERS = ("engine_failure", "drain_timeout_s", "max_sessions", "max_session_tokens", "default_priority")
 
 
+def model_folder(workspace: Path) -> Path:
+    """The workspace's model as a Triton server takes it. Raises WorkspaceError for what is no workspace."""
+    folder = workspace / "model_repository" / MODEL_NAME
+    if not (folder / "config.pbtxt").is_file():
+        raise WorkspaceError(f"--self-host={str(workspace)!r} is no workspace; make one with `tritonmind convert`")
+    return folder
+
+
 @contextmanager
 def hosted(workspace: Path, settings: Mapping[str, object]) -> Iterator[EmbeddedServer]:
     """A ready server on a free port of 127.0.0.1. settings: parameters over those of the workspace's config.pbtxt.
 
-    Raises WorkspaceError for what is no workspace, and what EmbeddedServer raises.
+    Raises what EmbeddedServer raises.
     """
-    model = workspace / "model_repository" / MODEL_NAME
-    if not (model / "config.pbtxt").is_file():
-        raise WorkspaceError(f"--self-host={str(workspace)!r} is no workspace; make one with `tritonmind convert`")
+    model = model_folder(workspace)
     with tempfile.TemporaryDirectory(prefix="tritonmind-bench-") as scratch:
         copy = Path(scratch) / "model_repository" / MODEL_NAME
         copy.mkdir(parents=True)

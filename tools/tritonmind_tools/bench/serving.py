@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.endpoints import check_url
 from tritonmind_tools.bench.load import Target, poisson, run_load
 from tritonmind_tools.bench.load_client import Request
 from tritonmind_tools.bench.report import Progress, Report, add_output_options, positive_numbers, print_table
@@ -129,7 +130,7 @@ def make_row(load: Load, result: Served, shape: str, precision: str) -> dict[str
 
 
 def _value(load: Load, result: Served) -> tuple[float, str]:
-    if load.rate or not load.is_batch:
+    if load.rate or len(set(load.lengths)) > 1:
         return result.requests_per_second, "req/s"
     return result.tokens_per_second, "tok/s"
 
@@ -188,6 +189,8 @@ def _check(args: argparse.Namespace) -> None:
     """Options that exclude or need each other, and their ranges. Raises ConfigError."""
     if (args.url is None) == (args.self_host is None):
         raise ConfigError("give either the URL of a running server or --self-host WORKSPACE, and not both")
+    if args.url is not None:
+        check_url(args.url)
     if not args.concurrency and not args.rates:
         raise ConfigError("say what load: --concurrency N, --rate R or --rates R,R,...")
     for name in ("rounds", "processes", "max_batch", *(["num_requests"] if args.num_requests is not None else [])):

@@ -13,9 +13,10 @@ from tritonmind_tools.bench.load import Target
 from tritonmind_tools.bench.options import key_values
 from tritonmind_tools.bench.report import PRECISIONS, Report, print_table
 from tritonmind_tools.bench.rounds import run_round
-from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted
+from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder
 from tritonmind_tools.bench.serving import WARM_UP_TOKENS, Load, make_row, measure
 from tritonmind_tools.bench.shapes import shape_name
+from tritonmind_tools.embedded_server import MODEL_NAME
 
 BARE_ENGINE = "bare engine"
 
@@ -26,6 +27,7 @@ def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) ->
     A server's row says in ratio_to_engine which share of the engine's tokens a second it had.
     """
     workspace = Path(args.self_host)
+    model = Workspace.open(model_folder(workspace) / "1").model
     settings = {
         "enable_prefix_caching": False,
         "check_integrity_when_idle": False,
@@ -34,8 +36,7 @@ def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) ->
     }
     bandwidth = machine.copy_bandwidth()
     with hosted(workspace, settings) as server:
-        model = Workspace.open(server.repository / args.model / "1").model
-        target = Target(server.address, args.model, model.vocab_size, args.processes, args.text_prompts)
+        target = Target(server.address, MODEL_NAME, model.vocab_size, args.processes, args.text_prompts)
         results = measure(target, args, report, loads)
         settings = engine_settings(server.address)
     report.notes["settings"] = ", ".join(f"{name}={value}" for name, value in settings.items())
