@@ -1,4 +1,4 @@
-"""A stand-in for the executor whose "model" is arithmetic, so that scheduling can be tested without tensors.
+"""Stand-ins for the executor whose "model" is arithmetic: one without tensors, one that reads a step's inputs.
 
 The next token is a hash of all tokens before it, read back through the block tables: a block that was lost, shared
 wrongly or not computed changes the answer.
@@ -6,10 +6,19 @@ wrongly or not computed changes the answer.
 
 from __future__ import annotations
 
-import numpy as np
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
+import torch
+
+from tritonmind.config import EngineConfig, SchedulerConfig
+from tritonmind.engine.cuda_graph import batch_buckets, bucket_of
+from tritonmind.engine.input_builder import InputBuilder
 from tritonmind.engine.model_runner import StepResult
 from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.model_inputs import ModelInputs
 
 VOCAB_SIZE = 97
 
@@ -68,3 +77,78 @@ class FakeExecutor:
     def _slots(self, block_table: list[int], num_tokens: int) -> np.ndarray:
         positions = np.arange(num_tokens)
         return np.asarray(block_table)[positions // self.block_size] * self.block_size + positions % self.block_size
+
+
+class InputsExecutor:
+    """The same model behind the real input builder: it knows of a step only what the builder's tensors say.
+
+    A step of decodes runs as a graph would: in a bucket that may be larger, over tensors that are always the same.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, limits: SchedulerConfig) -> None:
+        config = SimpleNamespace(
+            scheduler=limits, cache=SimpleNamespace(block_size=block_size), model=SimpleNamespace(vocab_size=VOCAB_SIZE)
+        )
+        self.block_size = block_size
+        self.cache = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.max_tokens_in_a_step = 0
+        self._builder = InputBuilder(cast(EngineConfig, config), torch.device("cpu"))
+        self._buckets = batch_buckets(limits.max_num_seqs)
+        self._addresses: dict[int, list[int]] = {}
+
+    def execute(self, output: SchedulerOutput) -> FakeHandle:
+        self.max_tokens_in_a_step = max(self.max_tokens_in_a_step, output.num_tokens)
+        step = self._builder.stage(output)
+        sampler = self._builder.sampler
+        if step.num_prefills:
+            inputs = self._builder.model_inputs(step)
+            sampling_rows = cast(torch.Tensor, inputs.logits_rows).tolist()
+        else:
+            bucket = bucket_of(self._buckets, step.num_decodes)
+            inputs = self._builder.decode_inputs(bucket, max_context_len=step.max_context_len)
+            self._check_replay(bucket, inputs, step.num_decodes)
+            sampling_rows = list(range(step.num_decodes))
+        answers = self._forward(inputs)
+        slots = sampler.slots_and_last_token_ids(self._buckets[-1])[0].tolist()
+        assert all(slot == -1 for slot in slots[step.num_samples :]), "a token would be drawn for nobody"
+        for number, row in enumerate(sampling_rows):
+            sampler.token_ids[number] = answers[row]
+            sampler.last_token_ids[slots[number]] = answers[row]
+        token_ids, _ = self._builder.finish(step)
+        return FakeHandle(token_ids.tolist())
+
+    def _forward(self, inputs: ModelInputs) -> dict[int, int]:
+        """Write the "K and V" of all tokens, then say for the last token of each sequence what follows it."""
+        attention = inputs.attention
+        token_ids, slots = inputs.token_ids.numpy(), attention.slot_mapping.numpy()
+        self.cache[slots[slots >= 0]] = token_ids[slots >= 0]
+        answers: dict[int, int] = {}
+        for row in range(attention.num_decodes):
+            length = int(attention.decode_context_lens[row])
+            if length:
+                assert inputs.positions[row] == length - 1
+                answers[row] = self._read(attention.decode_block_tables[row], length)
+        ends = (attention.num_decodes + attention.prefill_cu_seqlens_q).tolist()
+        for number, (start, end) in enumerate(pairwise(ends)):
+            length = int(attention.prefill_context_lens[number])
+            assert inputs.positions[start:end].tolist() == list(range(length - (end - start), length))
+            answers[end - 1] = self._read(attention.prefill_block_tables[number], length)
+        return answers
+
+    def _read(self, block_table: torch.Tensor, length: int) -> int:
+        positions = np.arange(length)
+        slots = block_table.numpy()[positions // self.block_size] * self.block_size + positions % self.block_size
+        context = self.cache[slots].tolist()
+        assert -1 not in context, "attention would read K and V that were never written"
+        return next_token(context)
+
+    def _check_replay(self, bucket: int, inputs: ModelInputs, num_rows: int) -> None:
+        """A graph reads where it read when it was captured; its padding rows must touch nothing."""
+        attention: Any = inputs.attention
+        tensors = (inputs.token_ids, inputs.positions, attention.slot_mapping, attention.decode_context_lens)
+        addresses = [tensor.data_ptr() for tensor in (*tensors, attention.decode_block_tables)]
+        assert self._addresses.setdefault(bucket, addresses) == addresses
+        assert inputs.logits_rows is None and all(len(tensor) == bucket for tensor in tensors)
+        padding = [tensor[num_rows:].tolist() for tensor in tensors]
+        num_padding = bucket - num_rows
+        assert padding == [[0] * num_padding, [0] * num_padding, [-1] * num_padding, [0] * num_padding]

@@ -7,6 +7,7 @@ leaves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -133,15 +134,15 @@ class DecodeBatch:
             self.remove(rows.seqs[row])
         return rows
 
-    def check_integrity(self) -> None:
-        """Re-derive the columns from the sequences; AssertionError where they differ."""
+    def check_integrity(self, max_num_tokens: Callable[[Sequence], int]) -> None:
+        """Re-derive the columns from the sequences and their limits; AssertionError where they differ."""
         assert self._request_ids == [seq.request_id for seq in self._seqs], "request ids are not those of the rows"
         assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs) and not self._num_growing
         for row, seq in enumerate(self._seqs):
             where = f"{seq.request_id} in row {row}"
             slot, start, token_id, new_block, capacity, last_start = self._columns[:, row].tolist()
             assert seq.row == row and seq.slot == slot, f"{where}: row or slot is another's"
-            assert start <= last_start, f"{where}: decodes past its last token"
+            assert start <= last_start == max_num_tokens(seq) - 2, f"{where}: decodes to another length than its own"
             assert capacity == len(seq.block_table) * self._block_size, f"{where}: blocks are not counted"
             assert start < capacity or (start == capacity and seq in self._full), f"{where}: lacks a block"
             assert capacity - start <= self._block_size and new_block == NO_BLOCK

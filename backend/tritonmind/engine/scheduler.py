@@ -92,6 +92,11 @@ class Scheduler:
     def num_live(self) -> int:
         return len(self._live)
 
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The running sequences that have a token in each step, in the order of their rows."""
+        return self._decoding.seqs
+
     def add(self, request: EngineRequest) -> None:
         """Queue a request. It must fit the context and carry an id that is not live (the client checked both)."""
         assert request.request_id not in self._live
@@ -199,7 +204,7 @@ class Scheduler:
             assert num_tokens == len(seq.token_ids) + num_pending[seq], f"{seq.request_id}: a token is lost"
             assert num_computed < num_tokens <= self._max_num_tokens(seq)
             assert num_computed <= len(seq.block_table) * self.block_manager.block_size, "tokens without a block"
-        self._decoding.check_integrity()
+        self._decoding.check_integrity(self._max_num_tokens)
         decoding = [seq for seq in self.running if seq.row >= 0]
         assert set(decoding) == set(self._decoding.seqs), "a row without its sequence, or the other way round"
         rest = [seq for seq in self.running if seq.row < 0 and seq.num_tokens < self._max_num_tokens(seq)]
