@@ -25,12 +25,6 @@ from tritonmind_tools.bench.trace import OTHER_GROUP, account, group_of, short_n
 from tritonmind_tools.cli import build_parser, main
 
 
-@pytest.fixture(autouse=True)
-def small_measures_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(machine.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
-
-
 def test_static_reports_each_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = tiny_workspace(tmp_path)
     report = tmp_path / "report.json"
@@ -167,13 +161,15 @@ def test_a_copy_on_the_card_takes_the_time_of_its_bytes() -> None:
 
 
 def test_profile_accounts_for_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    workspace = tiny_workspace(tmp_path)
     report, trace = tmp_path / "report.json", tmp_path / "trace.json"
     arguments = ["--batch-size", "3", "--context", "70", "--steps", "4", "--json", str(report), "--trace", str(trace)]
-    assert main(["bench", "profile", str(workspace), *arguments]) == 0
+    model = ["--shape", "tiny", "--engine-options", "cache_max_entry_count=64"]
+    assert main(["bench", "profile", *model, *arguments]) == 0
     results = json.loads(report.read_text())
     assert_facts(results)
+    assert "KV cache 0.00 GiB = 64 blocks" in results["notes"]["engine"]
     (row,) = results["rows"]
+    assert row["shape"] == "tiny"
     assert row["workload"].startswith("decode step B=3 L=7") and row["unit"] == "us"
     host = results["host_seconds"]
     assert 0 < sum(host["parts"].values()) <= host["wall"] * 1.01

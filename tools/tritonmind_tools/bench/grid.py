@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Kind = Literal["batch", "prefill", "step", "requests"]
 
 SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SWEEP_CONTEXT = 512
+SWEEP_CONTEXT = 256  # at which 256 sequences of Llama-2-7B fit an 80 GB card
 SWEEP_CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 CONTEXT_BATCHES = (1, 8)
 STEADY_STEPS = 32  # of a sweep's row
@@ -69,9 +69,9 @@ class Row:
     """One measured cell: medians over its rounds, times in seconds, percentiles over the requests of a round.
 
     workload to roofline_fraction are the columns that rows of all benchmarks share. batch_size, input_len, output_len:
-    0 where the requests differ. inter_token: None where answers have one token. step_time, context: of the steps in
-    which all requests decode, where there are some. step_cpu: None where the engine does not count it. spread: (largest
-    - least value) / median.
+    0 where the requests differ. inter_token: None where answers have one token. step_time, context: of the steady_steps
+    in which all requests decode; where there are none, of all between first and last token. step_cpu: None where the
+    engine does not count it. spread: (largest - least value) / median.
     """
 
     workload: str
@@ -97,6 +97,7 @@ class Row:
     latency_p99: float
     step_time: float
     context: float
+    steady_steps: int
     step_cpu: float | None
     wall: float
     num_rounds: int
@@ -112,12 +113,13 @@ def batch(batch_size: int, input_len: int, output_len: int) -> Workload:
 
 
 def steps(batch_size: int, context: int, max_num_batched_tokens: int) -> Workload:
-    """STEADY_STEPS and a few more decode steps of a batch whose prompts are all computed.
+    """At least STEADY_STEPS decode steps of a batch whose prompts are all computed.
 
-    The first request decodes while the others' prompts are computed, beside which every step has room for the decodes.
+    The first request decodes while the others' prompts are computed, in what the decodes leave of each step; a quarter
+    more, because a step may not be full.
     """
     num_prefill_steps = -(-batch_size * context // max(1, max_num_batched_tokens - batch_size))
-    output_len = num_prefill_steps + STEADY_STEPS + 2
+    output_len = num_prefill_steps * 5 // 4 + STEADY_STEPS + 2
     return Workload(f"decode_batch{batch_size}_context{context}", "step", [(context, output_len)] * batch_size)
 
 
@@ -142,7 +144,8 @@ def make_row(workload: Workload, rounds: Sequence[Round], facts: Facts, engine: 
     num_requests = len(workload.lengths)
     sizes = set(workload.lengths)
     input_len, output_len = sizes.pop() if len(sizes) == 1 else (0, 0)
-    steady = [_steady(round_) for round_ in rounds]
+    found = [round_.steady() for round_ in rounds]
+    steady = [one or _on_average(round_) for one, round_ in zip(found, rounds, strict=True)]
 
     def median(of: list[float]) -> float:
         return statistics.median(of)
@@ -186,6 +189,7 @@ def make_row(workload: Workload, rounds: Sequence[Round], facts: Facts, engine: 
         latency_p99=over_rounds(lasts, 99),
         step_time=step_time,
         context=context,
+        steady_steps=min(one.num_steps for one in found if one) if all(found) else 0,
         step_cpu=median(cpu) if cpu else None,
         wall=wall,
         num_rounds=len(rounds),
@@ -193,11 +197,8 @@ def make_row(workload: Workload, rounds: Sequence[Round], facts: Facts, engine: 
     )
 
 
-def _steady(round_: Round) -> Steady:
-    """Of a round without such steps: what lies between first and last token, shared out."""
-    found = round_.steady()
-    if found is not None:
-        return found
+def _on_average(round_: Round) -> Steady:
+    """Of a round without steady steps: what lies between first and last token, shared out."""
     num_steps = max(answer for _, answer in round_.lengths) - 1
     between = round_.wall - statistics.mean(round_.firsts)
     context = statistics.mean(prompt + answer / 2 for prompt, answer in round_.lengths)

@@ -25,6 +25,7 @@ GREY = "#777777"
 MAX_MS_SPAN = 20  # beyond this ratio of largest to least step time the axis is logarithmic
 
 _STEP_ROW = re.compile(r"decode_batch(\d+)_context(\d+)")
+_RATE_ROW = re.compile(r"(.+)_rate(\d+(?:\.\d+)?)")
 
 Row = Mapping[str, Any]
 
@@ -79,7 +80,7 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     for name, drawing in drawings.items():
         figure = _figure()
         if drawing(rows, figure):
-            figure.text(0.99, 0.01, f"{cards} · tritonmind {commits}", ha="right", va="bottom", size=7, color=GREY)
+            figure.supxlabel(f"{cards} · tritonmind {commits}", x=0.99, ha="right", size=7, color=GREY)
             paths.append(directory / f"{name}.png")
             figure.savefig(paths[-1], dpi=DPI)
     return paths
@@ -159,7 +160,7 @@ def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> b
         times = [row["step_time"] * 1e3 for row in line.points.values()]
         ideal = [row["step_time"] * row["roofline_fraction"] * 1e3 for row in line.points.values()]
         axes.plot(xs, times, marker="o", markersize=4, color=colour, label=line.name)
-        axes.plot(xs, ideal, linestyle="--", linewidth=1.2, color=colour, label=f"{line.name}: roofline")
+        axes.plot(xs, ideal, linestyle="--", linewidth=1.2, color=colour)
         highest, lowest = max(highest, *times), min(lowest, *ideal)
     ticks = sorted({x for line in lines for x in line.points})
     axes.set_xscale("log", base=2)
@@ -167,15 +168,19 @@ def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> b
     axes.minorticks_off()
     if highest > MAX_MS_SPAN * lowest:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
+    axes.plot([], [], linestyle="--", linewidth=1.2, color=GREY, label="roofline")
     axes.legend(frameon=False, fontsize=8)
     return True
 
 
 def _roofline(rows: list[Row], figure: Any) -> bool:
     shown = [row for row in rows if row.get("unit") in ("tok/s", "req/s") and row.get("roofline_fraction")]
-    shown = [row for row in shown if not _STEP_ROW.fullmatch(row["workload"]) and "rate" not in row]
+    shown = [
+        row for row in shown if not _STEP_ROW.fullmatch(row["workload"]) and not _RATE_ROW.fullmatch(row["workload"])
+    ]
     if not shown:
         return False
     models = list(dict.fromkeys((_model(row), str(row.get("engine", OUR_ENGINE))) for row in shown))
@@ -201,11 +206,9 @@ def _roofline(rows: list[Row], figure: Any) -> bool:
 
 
 def _offered_load(rows: list[Row], figure: Any) -> bool:
-    lines = _series(
-        [row for row in rows if "rate" in row],
-        lambda row: f"{_model(row)}, {re.sub(r'_rate[0-9.]+$', '', row['workload'])}",
-        lambda row: float(row["rate"]),
-    )
+    offered = [(row, match) for row in rows if (match := _RATE_ROW.fullmatch(row["workload"]))]
+    loads = {id(row): (f"{_model(row)}, {match[1]}", float(match[2])) for row, match in offered}
+    lines = _series([row for row, _ in offered], lambda row: loads[id(row)][0], lambda row: loads[id(row)][1])
     if not lines:
         return False
     figure.set_size_inches(SIZE[0], 1.6 * SIZE[1])
@@ -213,16 +216,19 @@ def _offered_load(rows: list[Row], figure: Any) -> bool:
     waited = _axes(figure, "Time to the first token", "offered req/s", "ms", 212)
     for line, colour in zip(lines, _colours(len(lines)), strict=True):
         xs = list(line.points)
-        served.plot(xs, [row["value"] for row in line.points.values()], marker="o", color=colour, label=line.name)
+        served.plot(
+            xs, [row["requests_per_second"] for row in line.points.values()], marker="o", color=colour, label=line.name
+        )
         for percent, style in ((50, "-"), (99, "--")):
             times = [1e3 * row[f"time_to_first_token_p{percent}"] for row in line.points.values()]
             waited.plot(xs, times, style, marker="o", markersize=4, color=colour, label=f"{line.name}: p{percent}")
     longest = max(x for line in lines for x in line.points)
-    served.plot([0, longest], [0, longest], "--", color=GREY, linewidth=1.2, label="all that is offered")
+    served.plot([0, longest], [0, longest], "--", color=GREY, linewidth=1.2, zorder=1, label="all that is offered")
     served.set_xlim(left=0)
     served.set_ylim(bottom=0)
     waited.set_xlim(left=0)
     waited.set_yscale("log")
+    waited.yaxis.set_major_formatter("{x:g}")
     for axes in (served, waited):
         axes.legend(frameon=False, fontsize=8)
     return True

@@ -91,7 +91,5 @@ def _conversations(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         try:
             yield from ijson.items(file, "item")
-        except ijson.IncompleteJSONError:
-            print(f"{path} is cut off: what is whole of it is taken", file=sys.stderr)
-        except ijson.JSONError as error:
-            raise ConfigError(f"{path} is no JSON: {error}") from None
+        except ijson.JSONError:
+            print(f"{path} is cut off or damaged: what is whole before that is taken", file=sys.stderr)
