@@ -28,7 +28,7 @@ PREFILL_VARIANTS = (16, 64, 128)
 
 def decode_variants(max_num_seqs: int, num_kv_heads: int, max_blocks: int, device: torch.device) -> list[int]:
     """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use."""
-    return [max_num_seqs]
+    return sorted({1, max_num_seqs})
 
 
 class AttentionVariants(NamedTuple):
@@ -51,9 +51,11 @@ def attention_variants(
     sizes = {
         "head_dim": head_dim, "group": num_heads // num_kv_heads, "block_size": block_size, "itemsize": dtype.itemsize
     }  # fmt: skip
-    decodes = tuning.variants("decode_attention", device, max_rows=max_num_seqs, **sizes)
-    prefills = tuning.variants("prefill_attention", device, max_rows=max_query_len, **sizes)
-    return AttentionVariants([rows for rows, _ in decodes], [rows for rows, _ in prefills])
+    decodes = [rows for rows, _ in tuning.variants("decode_attention", device, max_rows=max_num_seqs, **sizes)]
+    prefills = [rows for rows, _ in tuning.variants("prefill_attention", device, max_rows=max_query_len, **sizes)]
+    # With each tile, few sequences and many: they add their pieces up in different places.
+    fewest = [rows + 1 for rows in decodes[1:]] + [1]
+    return AttentionVariants(sorted({*decodes, *fewest}, reverse=True), prefills)
 
 
 def _check(

@@ -14,6 +14,7 @@ class DecodePlan(NamedTuple):
     """
 
     pieces: torch.Tensor  # [max_pieces, 4] int32: sequence or -1, index and number of its pieces, context_len
+    sequences: torch.Tensor  # [B, 2] int32: first piece and number of pieces
     arrivals: torch.Tensor  # [B, Hkv] int32, pieces that have ended
     partial: torch.Tensor  # [max_pieces, H, D] fp32, outputs of pieces
     lse: torch.Tensor  # [max_pieces, H] fp32, their log-sum-exps

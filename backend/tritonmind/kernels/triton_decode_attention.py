@@ -20,11 +20,17 @@ from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.tile_table import MIN_ROWS, Tile
 
 # Shorter pieces cost more to add up than they save.
-MIN_PIECE_TOKENS = 256
+MIN_PIECE_TOKENS = 128
+# Where pieces of this length are so many that they outnumber the programs that run at once, the card is evenly busy.
+MAX_PIECE_TOKENS = 1024
+# Pieces beyond programs_per_sm into which long sequences are cut, times as many.
+MAX_OVERSUBSCRIPTION = 4
 # Sequences that the plan looks at together.
 PLAN_BLOCK = 256
 # Elements of partial outputs that are added up together.
 COMBINE_ELEMENTS = 4096
+# Rows of partial outputs that the last program of a sequence adds up; more are faster in a kernel of their own.
+MAX_ROWS_INSIDE = 64
 
 
 @triton.jit
@@ -34,7 +40,7 @@ def _count_pieces(num_tiles, piece_tiles):
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "max_pieces", "num_wanted", "min_piece_tiles"],
+    do_not_specialize=["num_seqs", "max_pieces", "min_wanted", "max_wanted", "min_piece_tiles", "max_piece_tiles"],
     do_not_specialize_on_alignment=["context_lens_ptr"],
 )
 def _plan_kernel(
@@ -42,9 +48,12 @@ def _plan_kernel(
     num_seqs,
     pieces_ptr,  # [max_pieces, 4]: sequence or -1, index and number of its pieces, context_len
     max_pieces,
-    num_wanted,
-    min_piece_tiles,
+    sequences_ptr,  # [num_seqs, 2]: first piece, number of pieces
     arrivals_ptr,  # [num_seqs, NUM_KV_HEADS]
+    min_wanted,
+    max_wanted,
+    min_piece_tiles,
+    max_piece_tiles,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,7 +66,8 @@ def _plan_kernel(
     for start in range(0, num_seqs, BLOCK):
         context_len = tl.load(context_lens_ptr + start + lane, mask=start + lane < num_seqs, other=0)
         total += tl.sum(tl.cdiv(context_len, BLOCK_N))
-    piece_tiles = tl.maximum(tl.cdiv(total, num_wanted), min_piece_tiles)
+    piece_tiles = tl.minimum(tl.cdiv(total, min_wanted), max_piece_tiles)
+    piece_tiles = tl.maximum(tl.maximum(piece_tiles, tl.cdiv(total, max_wanted)), min_piece_tiles)
     longest = 0
     for start in range(0, num_seqs, BLOCK):
         context_len = tl.load(context_lens_ptr + start + lane, mask=start + lane < num_seqs, other=0)
@@ -74,6 +84,8 @@ def _plan_kernel(
             listed = ((2 * tl.cdiv(num_tiles, num_pieces) < longest) == (is_short == 1)) & (seq < num_seqs)
             num_pieces = tl.where(listed, num_pieces, 0)
             row = first + tl.cumsum(num_pieces) - num_pieces
+            tl.store(sequences_ptr + 2 * seq, row, mask=listed)
+            tl.store(sequences_ptr + 2 * seq + 1, num_pieces, mask=listed)
             for index in range(0, tl.max(num_pieces)):
                 inside = index < num_pieces
                 entry = pieces_ptr + 4 * (row + index)
@@ -151,6 +163,7 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
+    ADD_UP: tl.constexpr,  # pieces of one sequence here; else the combine kernel does
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -205,14 +218,40 @@ def _decode_kernel(
     part = (piece * NUM_KV_HEADS + kv_head) * GROUP
     tl.store(partial_ptr + part.to(tl.int64) * HEAD_DIM + element, acc, mask=inside)
     tl.store(lse_ptr + part + row, row_max + tl.log2(row_sum), mask=row < GROUP)
-    # Each thread's part must be in memory before one of them says so.
-    tl.debug_barrier()
-    before = tl.atomic_add(arrivals_ptr + seq * NUM_KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu")
-    if before % num_pieces == num_pieces - 1:
-        first_part = ((piece - index) * NUM_KV_HEADS + kv_head) * GROUP
+    if ADD_UP:
+        # Each thread's part must be in memory before one of them says so.
+        tl.debug_barrier()
+        before = tl.atomic_add(arrivals_ptr + seq * NUM_KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu")
+        if before % num_pieces == num_pieces - 1:
+            first_part = ((piece - index) * NUM_KV_HEADS + kv_head) * GROUP
+            _add_up(
+                partial_ptr, lse_ptr, first_part, num_pieces, out_row_ptr,
+                NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_D, BLOCK_GROUP, BLOCK_PIECES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr,  # [max_pieces, NUM_HEADS, HEAD_DIM] fp32
+    lse_ptr,  # [max_pieces, NUM_HEADS] fp32, base 2
+    sequences_ptr,  # [B, 2], see _plan_kernel
+    out_ptr,  # [B, NUM_HEADS, HEAD_DIM]
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    pdl.wait(PDL)
+    pdl.let_next_start(PDL)
+    first_piece = tl.load(sequences_ptr + 2 * seq)
+    num_pieces = tl.load(sequences_ptr + 2 * seq + 1)
+    if num_pieces > 1:
         _add_up(
-            partial_ptr, lse_ptr, first_part, num_pieces, out_row_ptr,
-            NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_D, BLOCK_GROUP, BLOCK_PIECES,
+            partial_ptr, lse_ptr, first_piece * NUM_HEADS + head, num_pieces,
+            out_ptr + (seq * NUM_HEADS + head) * HEAD_DIM, NUM_HEADS, 1, HEAD_DIM, BLOCK_D, 1, BLOCK_PIECES,
         )  # fmt: skip
 
 
@@ -229,19 +268,22 @@ def plan_decode(
     num_seqs, device = len(context_lens), context_lens.device
     tile = _tile(num_seqs, num_heads // num_kv_heads, head_dim, block_size, dtype, device)
     min_piece_tokens = 1 if num_programs else MIN_PIECE_TOKENS
-    num_wanted = triton.cdiv(num_programs or tile.programs_per_sm * tuning.card(device).num_sms, num_kv_heads)
+    min_wanted = triton.cdiv(num_programs or tile.programs_per_sm * tuning.card(device).num_sms, num_kv_heads)
+    max_wanted = min_wanted if num_programs else min_wanted * MAX_OVERSUBSCRIPTION
     # Each sequence rounds its number of pieces up by one at most.
-    max_pieces = num_seqs + num_wanted
+    max_pieces = num_seqs + max_wanted
     plan = DecodePlan(
         pieces=torch.empty((max_pieces, 4), dtype=torch.int32, device=device),
+        sequences=torch.empty((num_seqs, 2), dtype=torch.int32, device=device),
         arrivals=torch.empty((num_seqs, num_kv_heads), dtype=torch.int32, device=device),
         partial=torch.empty((max_pieces, num_heads, head_dim), dtype=torch.float32, device=device),
         lse=torch.empty((max_pieces, num_heads), dtype=torch.float32, device=device),
     )
     use_pdl = pdl.use_pdl(device)
     _plan_kernel[(1,)](
-        context_lens, num_seqs, plan.pieces, max_pieces, num_wanted, triton.cdiv(min_piece_tokens, tile.block_n),
-        plan.arrivals, NUM_KV_HEADS=num_kv_heads, BLOCK_N=tile.block_n, BLOCK=PLAN_BLOCK, PDL=use_pdl,
+        context_lens, num_seqs, plan.pieces, max_pieces, plan.sequences, plan.arrivals, min_wanted, max_wanted,
+        triton.cdiv(min_piece_tokens, tile.block_n), triton.cdiv(MAX_PIECE_TOKENS, tile.block_n),
+        NUM_KV_HEADS=num_kv_heads, BLOCK_N=tile.block_n, BLOCK=PLAN_BLOCK, PDL=use_pdl,
         num_warps=4, launch_pdl=use_pdl,
     )  # fmt: skip
     return plan
@@ -262,16 +304,28 @@ def paged_decode_attention(
     group = num_heads // num_kv_heads
     tile = _tile(num_seqs, group, head_dim, block_size, q.dtype, q.device)
     block_d, block_group = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    add_up = adds_up_inside(num_seqs, group, len(plan.pieces) - num_seqs)
     use_pdl = pdl.use_pdl(q.device)
     _decode_kernel[(num_kv_heads, len(plan.pieces))](
         q, k_cache, v_cache, block_tables, block_tables.stride(0), plan.pieces, plan.arrivals, plan.partial, plan.lse,
         out, softmax_scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
         BLOCK_N=tile.block_n, ROWS=max(MIN_ROWS, block_group), BLOCK_GROUP=block_group,
-        BLOCK_PIECES=max(1, COMBINE_ELEMENTS // (block_group * block_d)), PDL=use_pdl,
+        BLOCK_PIECES=max(1, COMBINE_ELEMENTS // (block_group * block_d)), ADD_UP=add_up, PDL=use_pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=use_pdl,
     )  # fmt: skip
+    if not add_up:
+        _combine_kernel[(num_heads, num_seqs)](
+            plan.partial, plan.lse, plan.sequences, out,
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_PIECES=COMBINE_ELEMENTS // block_d,
+            PDL=use_pdl, num_warps=4, launch_pdl=use_pdl,
+        )  # fmt: skip
     return out
+
+
+def adds_up_inside(num_seqs: int, group: int, max_wanted: int) -> bool:
+    """Whether the last program of a sequence adds its pieces up: they are few if the sequences are alike."""
+    return group * triton.cdiv(max_wanted, num_seqs) <= MAX_ROWS_INSIDE
 
 
 def _tile(num_seqs: int, group: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
