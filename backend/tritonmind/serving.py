@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NUM_INTAKE_THREADS = 2
 SWEEP_PERIOD_S = 0.05
+MAX_ASKED_PER_SWEEP = 64  # asking the server whether a request is cancelled is a round trip, as a response is
 METRICS_PERIOD_S = 0.25
 SWEEP_COMPLAINT_PERIOD_S = 60.0
 
@@ -85,6 +86,7 @@ class RequestServer:
         self._refusal: UnavailableError | None = None
         self._stopping = threading.Event()
         self._next_complaint = 0.0
+        self._num_asked = 0
         self._engine = EngineSupervisor(start, engine_failure, on_engine_exit, self._stopping)
         self._intake = ThreadPoolExecutor(NUM_INTAKE_THREADS, thread_name_prefix="intake")
         self._senders = Senders(tokenizer, sessions, metrics, self._ended)
@@ -255,10 +257,18 @@ class RequestServer:
                     if time.monotonic() >= self._next_complaint:
                         self._next_complaint = time.monotonic() + SWEEP_COMPLAINT_PERIOD_S
                         log.exception("the engine or the order to drain could not be looked at; tried again")
-            with self._lock:
-                lives = list(self._live)
-            for live in lives:
+            for live in self._next_asked():
                 self._watch_client(live)
+
+    def _next_asked(self) -> list[LiveRequest]:
+        """Live requests, a limited number, beginning where the sweep before ended."""
+        with self._lock:
+            lives = list(self._live)
+        if len(lives) <= MAX_ASKED_PER_SWEEP:
+            return lives
+        begin = self._num_asked % len(lives)
+        self._num_asked += MAX_ASKED_PER_SWEEP
+        return [*lives[begin:], *lives[:begin]][:MAX_ASKED_PER_SWEEP]
 
     def _watch_client(self, live: LiveRequest) -> None:
         try:

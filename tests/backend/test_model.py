@@ -17,6 +17,7 @@ from tests.backend.fake_engine import FakeEngine
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.messages import EngineRequest, TokenLogprob
 from tritonmind.request_fields import INPUTS, OUTPUTS
+from tritonmind.serving import MAX_ASKED_PER_SWEEP
 
 MESSAGES = json.dumps([{"role": "user", "content": "hi"}])
 
@@ -58,7 +59,8 @@ def test_without_stream_there_is_one_response(served: Served) -> None:
 
 
 def test_pending_tokens_are_merged_while_the_sender_is_busy(served: Served) -> None:
-    sender = served.send(text_input="hello", streaming=True)
+    """Into one response that says what each of them said."""
+    sender = served.send(text_input="hello", streaming=True, num_logprobs=np.array([0], dtype=np.int32))
     served.engine.wait_for(1)
     entered, release = threading.Event(), threading.Event()
     send = sender.send
@@ -68,15 +70,24 @@ def test_pending_tokens_are_merged_while_the_sender_is_busy(served: Served) -> N
         assert release.wait(5)
         send(*args, **kwargs)
 
+    def output(part: str, **more: Any) -> None:
+        served.engine.output(0, served.ids(part), logprobs=[TokenLogprob(-1.0, 1, [])], **more)
+
     sender.send = slow
-    served.engine.output(0, served.ids("a"))
+    output("a")
     assert entered.wait(5)
-    for part in "bcdefgh":
-        served.engine.output(0, served.ids(part))
-    served.engine.output(0, served.ids("i"), "length")
+    output("b", num_cached_tokens=3)
+    for part in "cdefgh":
+        output(part)
+    output("i", finish_reason="length")
     release.set()
     assert sender.final.wait(5)
     assert texts(sender) == ["a", "bcdefghi"]
+    last = sender.responses[-1]
+    (logprobs,) = map(json.loads, value(last, "logprobs"))
+    assert [list(position) for position in logprobs] == [[str(served.ids(part)[0])] for part in "bcdefghi"]
+    assert value(last, "num_output_tokens") == [8] and value(last, "cumulative_logprob") == [-9.0]
+    assert value(last, "num_cached_tokens") == [3]
 
 
 def test_stop_string_ends_the_answer_and_the_engine_request(served: Served) -> None:
@@ -213,6 +224,16 @@ def test_cancellation_is_swept(served: Served, started: bool) -> None:
     assert time.monotonic() - begin < 0.5
     assert served.engine.aborted == [0]
     assert eventually(lambda: served.engine.num_live() == 0)
+
+
+def test_of_many_requests_each_is_asked_in_its_turn(served: Served) -> None:
+    senders = [served.send(text_input="hello") for _ in range(2 * MAX_ASKED_PER_SWEEP + 5)]
+    served.engine.wait_for(len(senders))
+    for sender in senders[::3]:
+        sender.cancelled = True
+    for sender in senders[::3]:
+        assert error_of(sender).code() == served.pb_utils.TritonError.CANCELLED
+    assert not any(sender.final.is_set() for sender in senders[1::3])
 
 
 def test_last_response_waits_for_a_running_is_cancelled(served: Served) -> None:
