@@ -132,6 +132,7 @@ BAD: list[tuple[list[str], str]] = [
     (["127.0.0.1:1", "--concurrency", "4,8", "--output-len", "1,2,3"], "--output-len='1,2,3'"),
     (["127.0.0.1:1", "--concurrency", "4", "--duration", "3"], "--duration=3"),
     (["127.0.0.1:1", "--rate", "4", "--workload", "mix1000", "--input-len", "3"], "--workload"),
+    (["127.0.0.1:1", "--concurrency", "4", "--workload", "nothing"], "nothing"),
     (["127.0.0.1:1", "--rate", "4", "--slo-itl", "-1"], "--slo-itl=-1"),
     (["--self-host", "nowhere", "--concurrency", "4"], "nowhere"),
 ]
@@ -173,6 +174,8 @@ def test_served_counts_from_when_a_request_was_due() -> None:
     assert result.latency.p50 == pytest.approx((0.7 + 3.0) / 2)
     assert result.prefix_cache_rate == pytest.approx(5 / 20)
     assert result.client_cpu == 0.3
+    # From 1.5 on all of the quick one's tokens but the first count, of the slow one's none.
+    assert result.sustained == pytest.approx(3 / 4 / 0.5)
     with pytest.raises(UnavailableError, match="full"):
         served(LoadResult([failed], [0.1]), Slo())
 

@@ -3,7 +3,8 @@
 URL is HOST:PORT, a Triton server's gRPC port with a model of tritonmind, or http://HOST:PORT/v1, any OpenAI completions
 endpoint that streams. --concurrency keeps so many requests under way: with --input-len and --output-len they are
 submitted all at once, as `bench static` does, and the figure is generated tokens over wall time. --rate and --rates
-send requests at random times, so many a second in the mean, and the figure is answered requests over wall time.
+send requests at random times, so many a second in the mean; the figure is answers a second in the second half of the
+time in which they arrive, each counted by the share of its tokens that came then: take several times an answer's time.
 
 Prompts are random and no prompt comes twice; answers are greedy and go on past eos. --self-host serves a workspace
 with the embedded server first and then runs the same requests on a bare engine with the same settings.
@@ -130,7 +131,9 @@ def make_row(load: Load, result: Served, shape: str, precision: str) -> dict[str
 
 
 def _value(load: Load, result: Served) -> tuple[float, str]:
-    if load.rate or len(set(load.lengths)) > 1:
+    if load.rate:
+        return result.sustained, "req/s"
+    if len(set(load.lengths)) > 1:
         return result.requests_per_second, "req/s"
     return result.tokens_per_second, "tok/s"
 
@@ -200,7 +203,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name):g} must be more than 0")
     if args.duration is not None and not args.rates:
         raise ConfigError(f"--duration={args.duration:g} is of --rate; --concurrency takes --num-requests")
-    if args.workload and (args.input_len or args.output_len):
+    if args.workload and (args.input_len or args.output_len) and not (args.concurrency and args.rates):
         raise ConfigError("--workload has lengths of its own: leave out --input-len and --output-len")
     if args.engine_options and not args.self_host:
         raise ConfigError("--engine-options are for --self-host: a running server has its own")
@@ -210,20 +213,28 @@ def _loads(args: argparse.Namespace) -> list[Load]:
     """Rows in the order of the options, those of --concurrency first. Raises ConfigError."""
     streams = positive_numbers("--concurrency", args.concurrency) if args.concurrency else []
     rates = _rates(args.rates) if args.rates else []
+    loads = []
+    if args.input_len or args.output_len or not args.workload:
+        for slots, (prompt, answer) in zip(streams, _equal_lengths(args, len(streams)), strict=True):
+            lengths = [(prompt, answer)] * (args.num_requests or slots)
+            loads.append(Load(f"server_{slots}_{prompt}_{answer}", lengths, num_slots=min(slots, len(lengths))))
+        streams = []
     if args.workload:
         lengths = read_workload(args.workload, _counter(args))[: args.num_requests]
         name = f"server_{Path(args.workload).stem}"
-        at_once = [Load(f"{name}_concurrency{slots}", lengths, num_slots=slots) for slots in streams]
-        return at_once + [Load(f"{name}_rate{rate:g}", lengths, rate=rate) for rate in rates]
-    prompts = _matching("--input-len", args.input_len or str(INPUT_LEN), max(1, len(streams)))
-    answers = _matching("--output-len", args.output_len or str(OUTPUT_LEN), max(1, len(streams)))
-    loads = []
-    for number, slots in enumerate(streams):
-        prompt, answer = prompts[number], answers[number]
-        lengths = [(prompt, answer)] * (args.num_requests or slots)
-        loads.append(Load(f"server_{slots}_{prompt}_{answer}", lengths, num_slots=min(slots, len(lengths))))
-    equal = [(prompts[0], answers[0])] * (args.num_requests or NUM_REQUESTS)
-    return loads + [Load(f"server_{prompts[0]}_{answers[0]}_rate{rate:g}", equal, rate=rate) for rate in rates]
+    elif rates:
+        ((prompt, answer),) = _equal_lengths(args, 1)
+        lengths = [(prompt, answer)] * (args.num_requests or NUM_REQUESTS)
+        name = f"server_{prompt}_{answer}"
+    loads += [Load(f"{name}_concurrency{slots}", lengths, num_slots=slots) for slots in streams]
+    return loads + [Load(f"{name}_rate{rate:g}", lengths, rate=rate) for rate in rates]
+
+
+def _equal_lengths(args: argparse.Namespace, count: int) -> list[tuple[int, int]]:
+    """Prompt and answer tokens for `count` rows."""
+    prompts = _matching("--input-len", args.input_len or str(INPUT_LEN), count)
+    answers = _matching("--output-len", args.output_len or str(OUTPUT_LEN), count)
+    return list(zip(prompts, answers, strict=True))
 
 
 def _matching(option: str, text: str, count: int) -> list[int]:
@@ -232,7 +243,7 @@ def _matching(option: str, text: str, count: int) -> list[int]:
     if len(numbers) == 1:
         return numbers * count
     if len(numbers) != count:
-        raise ConfigError(f"{option}={text!r} must be one number, or as many as --concurrency has")
+        raise ConfigError(f"{option}={text!r} must be one number, or as many as --concurrency has, and one for a rate")
     return numbers
 
 

@@ -50,7 +50,9 @@ class Served:
 
     message_gap: between the messages of an answer. inter_token: the same shared out evenly among the tokens that came
     with the later message, for each of them. goodput: requests a second that kept the objectives, None without any.
-    wall: from the first request to the last token. num_short: answers of fewer tokens than asked for.
+    wall: from the first request to the last token. num_short: answers of fewer tokens than asked for. sustained:
+    answers a second in the second half of the time in which requests arrived, each counted by the share of its tokens
+    that came then.
     """
 
     num_requests: int
@@ -60,6 +62,7 @@ class Served:
     wall: float
     tokens_per_second: float
     requests_per_second: float
+    sustained: float
     goodput: float | None
     time_to_first_token: Percentiles
     inter_token: Percentiles
@@ -111,6 +114,7 @@ def served(result: LoadResult, slo: Slo) -> Served:
         wall=wall,
         tokens_per_second=num_tokens / wall,
         requests_per_second=len(answered) / wall,
+        sustained=_sustained(answered),
         goodput=sum(_keeps(outcome, slo) for outcome in answered) / wall if slo else None,
         time_to_first_token=Percentiles.of([outcome.times[0] - outcome.due for outcome in answered]),
         inter_token=Percentiles.of(np.concatenate(per_token).tolist()),
@@ -129,6 +133,20 @@ def _per_token(outcome: Outcome, gaps: np.ndarray) -> np.ndarray:
     counts = np.array(outcome.counts[1:])
     more = outcome.num_tokens / sum(outcome.counts)
     return np.repeat(gaps / np.maximum(1, counts * more), counts)
+
+
+def _sustained(answered: list[Outcome]) -> float:
+    """What goes on while requests arrive, without the beginning and without the end of the last long answers."""
+    first, last = (extreme(outcome.due for outcome in answered) for extreme in (min, max))
+    middle = (first + last) / 2
+    if last == first:
+        return 0.0
+    shares = [
+        sum(count for moment, count in zip(outcome.times, outcome.counts, strict=True) if middle < moment <= last)
+        / sum(outcome.counts)
+        for outcome in answered
+    ]
+    return sum(shares) / (last - middle)
 
 
 def _keeps(outcome: Outcome, slo: Slo) -> bool:
