@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -16,13 +18,15 @@ import torch
 from tests.model_configs import LLAMA_2_7B
 from tests.workspaces import tiny_workspace
 
-from tritonmind_tools.bench import kernel_cases, machine
+from tritonmind_tools.bench import grid, kernel_cases, machine
 from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
 from tritonmind_tools.bench.roofline import step_bytes
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
 from tritonmind_tools.bench.timing import seconds_per_call
 from tritonmind_tools.bench.trace import OTHER_GROUP, account, group_of, short_name
 from tritonmind_tools.cli import build_parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_static_reports_each_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,13 +64,30 @@ def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch: pytes
     assert machine.commit() == "no checkout"
 
 
-def test_commands_of_the_gpu_page_are_understood() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text()
-    commands = re.findall(r"^tritonmind (bench .*)$", page, re.M)
-    assert len(commands) == 3
+@pytest.mark.parametrize(
+    ("page", "num_commands"), [("gpu.md", 6), ("benchmarks/README.md", 7), ("benchmarks/cpu.md", 1)]
+)
+def test_commands_of_the_pages_are_understood(page: str, num_commands: int) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    commands = re.findall(r"^tritonmind (bench .*)$", text, re.M)
+    assert len(commands) == num_commands
     for command in commands:
         build_parser().parse_args(shlex.split(command))
-    assert f"export {machine.COMMIT_VARIABLE}=" in page
+
+
+def test_pages_say_what_the_code_does() -> None:
+    assert f"export {machine.COMMIT_VARIABLE}=" in (ROOT / "docs" / "gpu.md").read_text()
+    page = (ROOT / "docs" / "benchmarks" / "README.md").read_text()
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    kinds = re.search(r"\n  COMMAND\n((?:    .*\n)+)", help_text.getvalue())
+    assert kinds is not None
+    for kind in re.findall(r"^    (\w+)", kinds[1], re.M):
+        assert f"| `bench {kind}` |" in page, f"docs/benchmarks/README.md does not say what {kind} measures"
+    assert (
+        f"first {grid.SHORT_MIX} requests of `mix1000`" in page and f"at least {grid.STEADY_STEPS} such steps" in page
+    )
 
 
 @pytest.mark.parametrize("sizes", ["", "0", "1,x", "-1"])
