@@ -10,8 +10,13 @@ from typing import NamedTuple
 
 UNLIMITED = 1 << 62
 MIN_ROWS = 16  # of the smallest tile that the tensor cores take
-# Capabilities whose programs may have 99 KB of shared memory; the others have at least 163 KB.
-SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+# From this capability on the tensor cores read their operands from shared memory, which leaves registers free.
+WARP_GROUP_PRODUCTS = (9, 0)
+# Of gluon_prefill_attention.py, which keeps one program on an SM: short runs would leave it idle between their blocks.
+LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
+MIN_LONG_RUN = 1536
+# Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
+LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
 
 class Card(NamedTuple):
@@ -87,23 +92,36 @@ def _gate_up(card: Card, sizes: Sizes) -> Ladder:
 
 
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
-    tile = Tile(block_n=_tile_tokens(sizes), programs_per_sm=4, num_warps=2, num_stages=_attention_stages(sizes))
+    stages = 5 if card.capability in LARGE_SHARED_MEMORY and sizes["itemsize"] < 4 else _attention_stages(sizes)
+    tile = Tile(block_n=_tile_tokens(sizes), programs_per_sm=2, num_warps=2, num_stages=stages)
     return (Step(UNLIMITED, tile),)
 
 
 def _prefill_attention(card: Card, sizes: Sizes) -> Ladder:
     """As few query rows as hold the longest run, within what registers allow."""
     block_n, stages = _tile_tokens(sizes), _attention_stages(sizes)
-    small = Step(MIN_ROWS, Tile(block_m=MIN_ROWS, block_n=block_n, num_warps=4, num_stages=stages))
     if sizes["itemsize"] == 4:
-        return small, Step(UNLIMITED, Tile(block_m=32, block_n=block_n, num_warps=4, num_stages=stages))
-    if card.capability in SMALL_SHARED_MEMORY:
-        stages = 2
-    return (
-        small,
-        Step(64, Tile(block_m=64, block_n=block_n, num_warps=4, num_stages=stages)),
-        Step(UNLIMITED, Tile(block_m=128, block_n=block_n, num_warps=8, num_stages=stages)),
-    )
+        few, many = (Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=stages) for rows in (MIN_ROWS, 32))
+        return Step(MIN_ROWS, few), Step(UNLIMITED, many)
+    hopper = card.capability >= WARP_GROUP_PRODUCTS
+    if not hopper:
+        block_n = min(block_n, 32)
+    small = Step(MIN_ROWS, Tile(block_m=MIN_ROWS, block_n=block_n, num_warps=4, num_stages=stages))
+    middle = Tile(block_m=64, block_n=block_n, num_warps=4, num_stages=stages)
+    if takes_long_runs(card, sizes):
+        long = Tile(block_m=LONG_RUN_BLOCK_M, block_n=LONG_RUN_BLOCK_N, num_warps=8, num_stages=4)
+        return small, Step(MIN_LONG_RUN - 1, middle), Step(UNLIMITED, long)
+    if hopper:
+        # Two programs to an SM, one of which multiplies while the other takes exponentials.
+        return small, Step(UNLIMITED, middle)
+    large = Tile(block_m=128, block_n=block_n, num_warps=8, num_stages=stages)
+    return small, Step(64, middle), Step(UNLIMITED, large)
+
+
+def takes_long_runs(card: Card, sizes: Sizes) -> bool:
+    """Whether gluon_prefill_attention.py can serve blocks of LONG_RUN_BLOCK_M queries: Hopper, pages of whole tiles."""
+    whole = sizes["block_size"] % LONG_RUN_BLOCK_N == 0
+    return card.capability[0] == 9 and sizes["head_dim"] in (64, 128) and whole and sizes["itemsize"] == 2
 
 
 def _tile_tokens(sizes: Sizes) -> int:

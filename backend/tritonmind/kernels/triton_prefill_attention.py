@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonmind.kernels import pdl, tuning
+from tritonmind.kernels.tile_table import LONG_RUN_BLOCK_M, takes_long_runs
 
 
 @triton.jit
@@ -171,15 +172,15 @@ def paged_prefill_attention(
     num_seqs = len(context_lens)
     if not num_tokens or not num_seqs:
         return out
-    tile = tuning.tile(
-        "prefill_attention",
-        q.device,
-        rows=max_query_len,
-        head_dim=head_dim,
-        group=num_heads // num_kv_heads,
-        block_size=block_size,
-        itemsize=q.element_size(),
-    )
+    group, itemsize = num_heads // num_kv_heads, q.element_size()
+    sizes = {"head_dim": head_dim, "group": group, "block_size": block_size, "itemsize": itemsize}
+    tile = tuning.tile("prefill_attention", q.device, rows=max_query_len, **sizes)
+    if tile.block_m == LONG_RUN_BLOCK_M and takes_long_runs(tuning.card(q.device), sizes):
+        from tritonmind.kernels import gluon_prefill_attention
+
+        return gluon_prefill_attention.paged_prefill_attention(
+            q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale, out, tile.num_stages
+        )
     use_pdl = pdl.use_pdl(q.device)
     # Each sequence fills its last block up, and no more.
     _prefill_kernel[(num_heads, num_tokens // tile.block_m + num_seqs)](
