@@ -14,8 +14,10 @@ from tritonmind.messages import EngineRequest
 from tritonmind.model_source import open_model
 from tritonmind.random_model import SHAPES, RandomModel
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
 from tritonmind_tools.bench import random_checkpoint
+from tritonmind_tools.bench.rounds import FIRST_PLAIN_TOKEN_ID
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_tensors_are_those_of_the_layout(dtype: str, drawn: torch.dtype) -> None
 
 
 def test_a_written_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
-    """Through the names of Transformers and `convert` back to ours."""
+    """Through the names of Transformers and `convert` back to ours. Its tokenizer has a text for every plain id."""
     random_checkpoint.write("tiny", tmp_path / "checkpoint")
     workspace = Workspace.open(convert(tmp_path / "checkpoint", tmp_path / "workspace"))
     stored = dict(workspace.tensors(rank=0))
@@ -46,6 +48,8 @@ def test_a_written_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
     assert stored.keys() == drawn.keys()
     for name, tensor in drawn.items():
         assert torch.equal(stored[name], tensor.cpu()), name
+    tokenizer = Tokenizer.from_dir(workspace.tokenizer_dir)
+    assert all(tokenizer.token_bytes(i) for i in range(FIRST_PLAIN_TOKEN_ID, SHAPES["tiny"].vocab_size))
 
 
 def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 from tritonmind_tools.bench.endpoints import Endpoint, EndpointError, connect
+from tritonmind_tools.bench.rounds import FIRST_PLAIN_TOKEN_ID
 
-FIRST_PLAIN_TOKEN_ID = 3  # below lie special tokens in common vocabularies
 WARM_UP_TOKENS = 4
 
 

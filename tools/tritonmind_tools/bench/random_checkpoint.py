@@ -49,7 +49,7 @@ def write(shape_name: str, directory: Path) -> None:
         weight_map |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(hf_config(source.model), indent=2))
-    _write_tokenizer(directory)
+    _write_tokenizer(directory, source.model.vocab_size)
 
 
 def _file(name: str) -> str:
@@ -95,9 +95,11 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(directory: Path) -> None:
+def _write_tokenizer(directory: Path, vocab_size: int) -> None:
     special = ["<unk>", "<s>", "</s>"]
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Every id has a text, a number after a space: a server that streams text has nothing to send for one without.
+    tokens += [f"Ġ{number}" for number in range(len(tokens), vocab_size)]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
