@@ -16,9 +16,10 @@ from tritonmind.messages import TokenOutput
 from tritonmind_tools.bench import grid
 from tritonmind_tools.bench.grid import Facts, Workload, make_row
 from tritonmind_tools.bench.plot import newest_rows
-from tritonmind_tools.bench.recorded import last_recorded, ratios
+from tritonmind_tools.bench.recorded import OUR_ENGINE, last_recorded, ratios, read_results
 from tritonmind_tools.bench.roofline import decode_bytes, prefill_flops, step_bytes
 from tritonmind_tools.bench.rounds import Round, random_prompts, run_round
+from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.bench.workloads import read_workload
 from tritonmind_tools.cli import main
 
@@ -154,6 +155,7 @@ def test_plots_of_what_results_hold(tmp_path: Path, capsys: pytest.CaptureFixtur
     contents = {
         "load.json": [row(f"server_sharegpt3000_rate{rate}", 100.0, **served) for rate in ("2", "4.5")],
         "rows.json": [row("batch1_1_512", 170.0, roofline_fraction=0.9)],
+        "theirs.json": [row("batch1_1_512", 150.0, engine="another"), row("mix1000", 30.0, engine="another")],
         "steps.json": [
             row(f"decode_batch{size}_context256", 9.0, step_time=0.005 * size, roofline_fraction=0.8)
             for size in (1, 2, 256)
@@ -164,7 +166,9 @@ def test_plots_of_what_results_hold(tmp_path: Path, capsys: pytest.CaptureFixtur
     files = [str(tmp_path / name) for name in contents]
     assert main(["bench", "plot", *files, "--plot", str(tmp_path / "plots")]) == 0
     drawn = [Path(line) for line in capsys.readouterr().out.split()]
-    assert [path.name for path in drawn] == ["step_time_by_batch.png", "roofline.png", "offered_load.png"]
+    assert [path.name for path in drawn] == [
+        "step_time_by_batch.png", "roofline.png", "engines.png", "offered_load.png"
+    ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     (tmp_path / "none.json").write_text(json.dumps(results("A", "2026-01-01T00:00:00+00:00", row("x", 1, unit="us"))))
     assert main(["bench", "plot", str(tmp_path / "none.json"), "--plot", str(tmp_path)]) == 1
@@ -244,3 +248,14 @@ def test_the_peers_rows_have_the_names_of_the_targets() -> None:
         "batch1_1_512", "batch1_2048_128", "batch8_128_256", "batch32_128_512", "batch64_128_512",
         "batch128_128_256", "batch256_128_256", "prefill_64x1024", "mix1000_first250",
     ]  # fmt: skip
+
+
+def test_the_peers_of_the_h100_are_results_of_known_workloads() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "peers_h100.json"
+    names = {workload.name for workload in grid.peers()} | {"mix1000"}
+    found: dict[tuple[str, str], set[str]] = {}
+    for peer in read_results(path)["rows"]:
+        assert peer["shape"] in SHAPES and peer["engine"] != OUR_ENGINE
+        found.setdefault((peer["engine"], peer["precision"]), set()).add(peer["workload"])
+    for key, workloads in found.items():
+        assert workloads == names - {"mix1000_first250"} or key[0] == "Transformers generate"

@@ -1,8 +1,9 @@
 """`tritonmind bench plot`: recorded results as PNGs, each against its roofline.
 
 Step time against batch and against context (`bench static --sweep`), the share of the roofline of each row (`bench
-static`, `bench throughput`), throughput and latency against offered load (`bench serving --rates`). Of several results
-for one row the newest is drawn.
+static`, `bench throughput`), each row beside other engines' (`bench compare`, docs/benchmarks/peers_h100.json),
+throughput and latency against offered load (`bench serving --rates`). Of several results for one row the newest is
+drawn.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """Draw what there is to draw of these results. Returns the files."""
     rows = newest_rows(results)
     cards = ", ".join(dict.fromkeys(str(result["card"]) for result in results))
-    commits = ", ".join(dict.fromkeys(str(result.get("commit", "")) for result in results))
+    commits = ", ".join(dict.fromkeys(str(result["commit"]) for result in results if "commit" in result))
     directory.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[list[Row], Any], bool]] = {
         "step_time_by_batch": _by_batch,
         "step_time_by_context": _by_context,
         "roofline": _roofline,
+        "engines": _engines,
         "offered_load": _offered_load,
     }
     paths = []
@@ -87,14 +89,14 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
 
 
 def newest_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Every row once, in the order of the results, its figures those of the newest one."""
+    """Every row once, in the order of the results, its figures those of the newest one, and its card."""
     rows: dict[tuple[str, ...], tuple[datetime, Row]] = {}
     for result in results:
         date = datetime.fromisoformat(result["date"])
         for row in result["rows"]:
             key = (result["card"], *row_key(row))
             if key not in rows or rows[key][0] <= date:
-                rows[key] = date, row
+                rows[key] = date, {**row, "card": result["card"]}
     return [row for _, row in rows.values()]
 
 
@@ -183,16 +185,12 @@ def _roofline(rows: list[Row], figure: Any) -> bool:
     ]
     if not shown:
         return False
-    models = list(dict.fromkeys((_model(row), str(row.get("engine", OUR_ENGINE))) for row in shown))
+    models = list(dict.fromkeys((_model(row), _engine(row)) for row in shown))
     figure.set_size_inches(SIZE[0], 1.4 + 0.32 * len(shown))
     axes = _axes(figure, "Share of the roofline", "%", "")
     axes.grid(False, axis="y")
     for (model, engine), colour in zip(models, _colours(len(models)), strict=True):
-        numbers = [
-            number
-            for number, row in enumerate(shown)
-            if (_model(row), str(row.get("engine", OUR_ENGINE))) == (model, engine)
-        ]
+        numbers = [number for number, row in enumerate(shown) if (_model(row), _engine(row)) == (model, engine)]
         shares = [100 * shown[number]["roofline_fraction"] for number in numbers]
         bars = axes.barh(numbers, shares, height=0.7, color=colour, label=f"{model}, {engine}")
         labels = [f"{_figures(shown[number]['value'])} {shown[number]['unit']}" for number in numbers]
@@ -203,6 +201,45 @@ def _roofline(rows: list[Row], figure: Any) -> bool:
     axes.set_xlim(0, max(125.0, *(115 * row["roofline_fraction"] for row in shown)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
     return True
+
+
+def _engines(rows: list[Row], figure: Any) -> bool:
+    """Values over ours, of what we and others measured on one card, one shape and in one precision."""
+    groups: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["workload"], _model(row), row["card"]), {})[_engine(row)] = row
+    shown = {key: group for key, group in groups.items() if OUR_ENGINE in group and len(group) > 1}
+    if not shown:
+        return False
+    engines = list(dict.fromkeys([OUR_ENGINE, *(engine for group in shown.values() for engine in group)]))
+    figure.set_size_inches(SIZE[0], 1.4 + 0.22 * sum(len(group) + 1 for group in shown.values()))
+    axes = _axes(figure, "Beside other engines", "of ours", "")
+    axes.grid(False, axis="y")
+    bars: dict[str, list[tuple[float, Row, Row]]] = {engine: [] for engine in engines}
+    ticks = []
+    position = 0.0
+    for group in shown.values():
+        ticks.append(position + (len(group) - 1) / 2)
+        for engine in (engine for engine in engines if engine in group):
+            bars[engine].append((position, group[engine], group[OUR_ENGINE]))
+            position += 1
+        position += 1
+    for (engine, drawn), colour in zip(bars.items(), _colours(len(engines)), strict=True):
+        shares = [row["value"] / ours["value"] for _, row, ours in drawn]
+        labels = [f"{_figures(row['value'])} {row['unit']}" for _, row, _ in drawn]
+        patches = axes.barh([place for place, _, _ in drawn], shares, height=0.85, color=colour, label=engine)
+        axes.bar_label(patches, labels, padding=4, size=7)
+    axes.set_yticks(ticks, [f"{workload}\n{model}" for workload, model, _ in shown], size=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper right", ncols=len(engines), frameon=False, fontsize=8
+    )
+    return True
+
+
+def _engine(row: Row) -> str:
+    return str(row.get("engine", OUR_ENGINE))
 
 
 def _offered_load(rows: list[Row], figure: Any) -> bool:
