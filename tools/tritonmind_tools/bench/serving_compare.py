@@ -14,7 +14,7 @@ from tritonmind_tools.bench.options import key_values
 from tritonmind_tools.bench.report import PRECISIONS, Report, print_table
 from tritonmind_tools.bench.rounds import run_round
 from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder
-from tritonmind_tools.bench.serving import WARM_UP_TOKENS, Load, make_row, measure
+from tritonmind_tools.bench.serving_load import WARM_UP_TOKENS, Load, make_row, measure
 from tritonmind_tools.bench.shapes import shape_name
 from tritonmind_tools.embedded_server import MODEL_NAME
 
