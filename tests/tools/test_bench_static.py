@@ -60,6 +60,11 @@ def test_sweeps_measure_steady_steps_and_are_recorded(tmp_path: Path, monkeypatc
     assert {path.name for path in plots.iterdir()} == {"step_time_by_batch.png", "step_time_by_context.png"}
 
 
+def test_a_sweep_that_does_not_fit_at_all_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("static", "--sweep", "batch", "--batch-sizes", "64", "--input-len", "100") == 1
+    assert "none of decode_batch64_context100 fits the KV cache: " in capsys.readouterr().err
+
+
 def record(folder: Path, name: str, date: str, values: dict[str, float], **more: Any) -> None:
     rows = [{"workload": key, **ROW, "value": value, "unit": "tok/s"} for key, value in values.items()]
     (folder / name).write_text(json.dumps({"card": machine.card(), "date": date, "rows": rows, **more}))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.grid import Facts, Row, Workload, make_row
 from tritonmind_tools.bench.options import engine_overrides, model_path
 from tritonmind_tools.bench.report import Progress, Report, print_table
@@ -71,6 +72,8 @@ def measure(args: argparse.Namespace, report: Report, plan: Plan, note: str = ""
         left_out = [workload.name for workload in plan.workloads if workload not in fitting]
         if left_out:
             report.notes["left out"] = f"{', '.join(left_out)}: more than the KV cache holds"
+        if not fitting:
+            raise ConfigError(f"none of {', '.join(left_out)} fits the KV cache: {client.info.memory_plan}")
         with Progress(len(fitting)) as progress:
             rounds = {}
             for workload in fitting:
@@ -79,7 +82,12 @@ def measure(args: argparse.Namespace, report: Report, plan: Plan, note: str = ""
         _note_stats(client, report)
     finally:
         client.shutdown()
-    return Measured([make_row(workload, rounds[workload.name], facts) for workload in fitting], rounds, facts)
+    rows = [make_row(workload, rounds[workload.name], facts) for workload in fitting]
+    if plan.rounds > 1:
+        report.notes["spread"] = (
+            f"at most {max(row.spread for row in rows):.1%} between the {plan.rounds} rounds of a row"
+        )
+    return Measured(rows, rounds, facts)
 
 
 def print_rows(rows: Sequence[Row], more: dict[str, Callable[[Row], str]] | None = None) -> None:
