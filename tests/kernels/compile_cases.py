@@ -33,13 +33,13 @@ DEVICE = torch.device("cpu")
 NUM_SEQS, HIDDEN, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE = 4, 4096, 8, 4, 128, 64
 NUM_HEADS = NUM_KV_HEADS * GROUP
 VOCAB_SIZES = (32000, 128256)
-MAX_ROWS = 8192
+MAX_ROWS = 2048
 # Of Llama-2-7B and Llama-3-8B, in the order of tile_table.KERNELS; the one that a quick run compiles comes first.
 SIZES = {
-    "linear": [(4096, 4096), (12288, 4096), (4096, 11008), (6144, 4096), (4096, 14336)],
-    "gate_up": [(11008, 4096), (14336, 4096)],
-    "decode_attention": [(128, 4, 64, 2), (128, 1, 64, 2), (64, 3, 64, 2), (128, 1, 16, 2)],
-    "prefill_attention": [(128, 1, 64, 2), (128, 4, 64, 2), (64, 3, 64, 2), (128, 1, 16, 2)],
+    "linear": [(4096, 4096), (12288, 4096), (4096, 11008)],
+    "gate_up": [(11008, 4096)],
+    "decode_attention": [(128, 4, 64, 2), (128, 1, 64, 2), (64, 3, 16, 2)],
+    "prefill_attention": [(128, 4, 64, 2), (64, 3, 16, 2)],
 }
 # What no rule asks for, but a file may.
 EXTRA_TILES = {
@@ -71,7 +71,7 @@ def cases(card: Card) -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
         for splits in (4, 1):
             yield f"{name} SPLITS {splits}", functools.partial(_layer, dtype, splits)
-        for vocab_size in VOCAB_SIZES:
+        for vocab_size in VOCAB_SIZES if dtype == torch.float16 else VOCAB_SIZES[:1]:
             for greedy in (False, True):
                 label = f"{name} VOCAB {vocab_size} GREEDY {greedy}"
                 yield label, functools.partial(_sampling, dtype, vocab_size, greedy)
@@ -112,13 +112,15 @@ def _gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -
 
 
 def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
-    """The launchers ask for the tile themselves, here as in _prefill."""
+    """The launchers ask for the tile themselves, here as in _prefill. One sequence has many pieces, many have few."""
     group, head_dim, block_size = sizes["group"], sizes["head_dim"], sizes["block_size"]
-    q, pool = torch.empty(rows, NUM_KV_HEADS * group, head_dim, dtype=dtype), _pool(sizes, dtype)
-    plan = triton_decode_attention.plan_decode(
-        _ints(rows), NUM_KV_HEADS * group, NUM_KV_HEADS, head_dim, block_size, dtype, 0
-    )
-    triton_decode_attention.paged_decode_attention(q, pool, pool, _ints(2 * rows).view(rows, 2), plan, 0.1, q)
+    num_heads, pool = NUM_KV_HEADS * group, _pool(sizes, dtype)
+    for num_seqs in (1, rows):
+        plan = triton_decode_attention.plan_decode(
+            _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, dtype, 0
+        )
+        q, tables = torch.empty(num_seqs, num_heads, head_dim, dtype=dtype), _ints(2 * num_seqs).view(num_seqs, 2)
+        triton_decode_attention.paged_decode_attention(q, pool, pool, tables, plan, 0.1, q)
 
 
 def _prefill(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:

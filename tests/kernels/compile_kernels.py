@@ -22,6 +22,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
 
 from tests.kernels import sass
@@ -96,11 +98,15 @@ def source_of(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
             signature[param.name] = TYPES[value.dtype]
             if not param.do_not_specialize_on_alignment:
                 aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            dtype = TYPES[value.base.dtype].removeprefix("*")
+            signature[param.name] = f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>"
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
             if special and type(value) is int and value % 16 == 0:
                 aligned[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
 
 
 def record(card: Card) -> list[Job]:

@@ -16,18 +16,21 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 # The tensor cores' instructions: a warp's, and a warp group's.
 MATRIX_PRODUCTS = ("HMMA", "HGMMA")
+# To and from local memory.
+SPILLS = ("STL", "LDL")
 
 
 class Code(NamedTuple):
-    """registers: a thread. stack, local: bytes, of which more than none is a spill.
+    """registers: a thread. stack, local: bytes a thread, where registers were too few.
 
-    product_loops: for each innermost loop with matrix products, how often it has each instruction, with its suffixes.
+    loop_spills: instructions of loops that go there. product_loops: for each innermost loop with matrix products, how
+    often it has each instruction, with its suffixes.
     """
 
     registers: int
     stack: int
     local: int
-    opcodes: Counter[str]
+    loop_spills: int
     product_loops: list[Counter[str]]
 
 
@@ -60,9 +63,10 @@ def parse(text: str) -> Code:
         if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
     ]
     bodies = [Counter(opcode for address, opcode, _ in code if low <= address <= high) for low, high in innermost]
+    spills = [address for address, opcode, _ in code if opcode.partition(".")[0] in SPILLS]
     return Code(
         *map(int, resources.groups()),
-        Counter(opcode for _, opcode, _ in code),
+        sum(any(low <= address <= high for low, high in loops) for address in spills),
         [body for body in bodies if count(body, *MATRIX_PRODUCTS)],
     )
 

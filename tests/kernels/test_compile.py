@@ -28,10 +28,12 @@ MAX_SECONDS = 600
 # Shared memory that a program may have, bytes.
 MAX_SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 MAX_REGISTERS = 64 << 10  # of all threads of a program
+# What only Hopper has the instructions for.
+HOPPER_KERNELS = {"_long_prefill_kernel"}
 # Kernels whose time goes into loops that must keep reading while they multiply.
-PRODUCT_KERNELS = {"_decode_kernel", "_prefill_kernel"}
-# Bytes that a kernel may put aside, once a program and outside of its loops. 16 warps leave a thread 128 registers.
-SPARE_STACK = {"_choose_kernel": 8, "_rms_norm_kernel": 8}
+PRODUCT_KERNELS = {"_decode_kernel", "_prefill_kernel", "_linear_kernel", "_gate_up_kernel"}
+# Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
+MAX_STACK = 16
 WARP_GROUP = 4  # warps; a tile of 64 rows and a group of warps are what the H100's own products take
 
 Report = dict[str, Any]
@@ -39,7 +41,7 @@ Report = dict[str, Any]
 
 def is_jit(decorator: ast.expr) -> bool:
     called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return ast.unparse(called) == "triton.jit"
+    return ast.unparse(called) in ("triton.jit", "gluon.jit")
 
 
 @functools.cache
@@ -95,8 +97,8 @@ def complaints(report: Report) -> list[str]:
     """What is wrong with one kernel's code."""
     options, capability = report["options"], tuple(report["capability"])
     found = []
-    if report["stack"] + report["local"] > SPARE_STACK.get(report["kernel"], 0):
-        found.append(f"spills: {report['stack']} bytes of stack, {report['local']} of local memory")
+    if report["loop_spills"] or report["local"] or report["stack"] > MAX_STACK:
+        found.append(f"spills: {report['stack']} bytes of stack, {report['loop_spills']} instructions in loops")
     threads = 32 * options["num_warps"]
     if report["registers"] * threads > MAX_REGISTERS:
         found.append(f"{report['registers']} registers for each of {threads} threads")
@@ -126,8 +128,6 @@ def product_complaints(report: Report) -> list[str]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         if has(opcodes, "LDG"):
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
-        if has(opcodes, "LDL", "STL"):
-            found.append("a loop with spilt registers")
         rows = report["constants"].get("BLOCK_M", 0)
         wide = report["kernel"] == "_prefill_kernel" and rows >= 64 and report["options"]["num_warps"] >= WARP_GROUP
         if report["capability"] == [9, 0] and wide and not has(opcodes, "HGMMA"):
@@ -144,4 +144,5 @@ def test_kernels_compile_into_good_code(compiled: list[Report]) -> None:
 def test_every_kernel_is_compiled(compiled: list[Report], capability: tuple[int, int]) -> None:
     """A new kernel wants a case in compile_cases.py; a jit function that is launched is called something_kernel."""
     assert all(name.endswith("_kernel") for name in kernels_on_disk())
-    assert {report["kernel"] for report in compiled if tuple(report["capability"]) == capability} == kernels_on_disk()
+    expected = kernels_on_disk() if capability[0] == 9 else kernels_on_disk() - HOPPER_KERNELS
+    assert {report["kernel"] for report in compiled if tuple(report["capability"]) == capability} == expected

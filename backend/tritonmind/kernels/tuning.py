@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ CPU = Card("cpu", (8, 0), 1)
 # Steps of a kernel by its sizes, in the order of Kernel.sizes.
 Entries = dict[str, dict[tuple[int, ...], Ladder]]
 
+_forced: dict[str, Tile] = {}
+
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)
 def tile(kernel: str, device: torch.device, /, *, rows: int, **sizes: int) -> Tile:
@@ -43,10 +46,24 @@ def tile(kernel: str, device: torch.device, /, *, rows: int, **sizes: int) -> Ti
 
     Raises ValueError naming file, kernel and field when the card's file is wrong.
     """
+    if kernel in _forced:
+        return _forced[kernel]
     for max_rows, found in ladder(kernel, card(device), tuple(map(sizes.__getitem__, KERNELS[kernel].sizes))):
         if rows <= max_rows:
             return found
     raise AssertionError(f"{kernel} has no tile for {rows} rows")
+
+
+@contextmanager
+def forced(kernel: str, found: Tile) -> Iterator[None]:
+    """Have `tile` answer `found` for a kernel, whatever the rows and sizes: for measurements."""
+    _forced[kernel] = found
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+        tile.cache_clear()
 
 
 def variants(kernel: str, device: torch.device, /, *, max_rows: int, **sizes: int) -> list[tuple[int, Tile]]:
@@ -75,7 +92,7 @@ def ladder(kernel: str, card: Card, sizes: tuple[int, ...]) -> Ladder:
     spec = KERNELS[kernel]
     steps: Ladder = ()
     for directory in _directories():
-        steps = steps or _of_card(directory, card).get(kernel, {}).get(sizes, ())
+        steps = steps or of_card(directory, card).get(kernel, {}).get(sizes, ())
     end = steps[-1].max_rows if steps else 0
     default = spec.default(card, dict(zip(spec.sizes, sizes, strict=True)))
     assert default[-1].max_rows == UNLIMITED, f"the rule for {kernel} ends at {default[-1].max_rows} rows"
@@ -84,7 +101,7 @@ def ladder(kernel: str, card: Card, sizes: tuple[int, ...]) -> Ladder:
 
 def listed(kernel: str, card: Card) -> set[tuple[int, ...]]:
     """The sizes, in the order of Kernel.sizes, that files have tiles for."""
-    return {sizes for directory in _directories() for sizes in _of_card(directory, card).get(kernel, {})}
+    return {sizes for directory in _directories() for sizes in of_card(directory, card).get(kernel, {})}
 
 
 def file_name(card_name: str) -> str:
@@ -102,7 +119,7 @@ def _directories() -> list[Path]:
 
 
 @functools.cache
-def _of_card(directory: Path, card: Card) -> Entries:
+def of_card(directory: Path, card: Card) -> Entries:
     """What a card's file in `directory` lists; nothing when there is none, as for most cards."""
     path = directory / file_name(card.name)
     try:

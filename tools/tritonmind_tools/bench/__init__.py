@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import compare, kernels, plot, profile, serving, static, throughput
+from tritonmind_tools.bench import compare, kernels, plot, profile, serving, static, throughput, tune
 
 
 def register(commands: Any) -> None:
@@ -18,4 +18,5 @@ def register(commands: Any) -> None:
     compare.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
+    tune.register(kinds)
     plot.register(kinds)

@@ -1,0 +1,110 @@
+"""The tiles that `tritonmind bench tune` tries, for each kernel of tile_table.py.
+
+A search goes in waves: each tries all combinations of a few settings, the others being those of the best tile so far.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tritonmind.kernels.tile_table import Card, Sizes, Tile
+
+# Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
+SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+SMALL_SHARED_BYTES = 99 << 10
+ITEMSIZE = 2
+LINE_BYTES = 128  # that a prefetch takes
+
+# Values that go together, one after the other.
+Axis = tuple[Mapping[str, Any], ...]
+Wave = tuple[Axis, ...]
+
+
+class Search(NamedTuple):
+    """rows: max_rows of the steps to be found, and the rows that each is measured with. start, waves: for such rows."""
+
+    rows: tuple[tuple[int, int], ...]
+    start: Callable[[int], Tile]
+    waves: Callable[[int], tuple[Wave, ...]]
+
+
+def candidates(kernel: str, card: Card, sizes: Sizes, rows: int, wave: int, best: Tile | None) -> Iterator[Tile]:
+    """The tiles of a wave, from the best of the waves before; none after the last wave."""
+    search = SEARCHES[kernel]
+    waves = search.waves(rows)
+    if wave >= len(waves):
+        return
+    base = search.start(rows) if best is None or best.library else best
+    for combination in itertools.product(*waves[wave]):
+        settings = {name: value for part in combination for name, value in part.items()}
+        tile = base._replace(**settings)
+        if _fits(kernel, card, sizes, tile):
+            yield tile
+
+
+def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
+    """Whether the tile is worth a compilation."""
+    limit = SHARED_BYTES.get(card.capability, SMALL_SHARED_BYTES)
+    if kernel.endswith("attention"):
+        row_bytes = sizes["head_dim"] * sizes["itemsize"]
+        shared = (2 * tile.num_stages * tile.block_n + tile.block_m) * row_bytes
+        return shared <= limit and tile.block_n <= sizes["block_size"]
+    width = tile.block_n * (2 if kernel == "gate_up" else 1) + tile.block_m
+    shared = tile.num_stages * width * tile.block_k * ITEMSIZE
+    num_tiles = sizes["k"] // tile.block_k
+    lines = tile.prefetch * tile.block_k * ITEMSIZE
+    return shared <= limit and 2 * tile.splits <= num_tiles and (not lines or lines >= LINE_BYTES)
+
+
+def _axis(name: str, *values: int) -> Axis:
+    return tuple({name: value} for value in values)
+
+
+def _block_m(rows: int) -> int:
+    return min(max(8, 1 << (rows - 1).bit_length()), 128)
+
+
+# Columns of the output, and the warps that have enough of them each.
+_COLUMNS: Axis = tuple(
+    {"block_n": columns, "num_warps": warps} for columns, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8))
+)
+
+
+def _product_start(rows: int) -> Tile:
+    return Tile(block_m=_block_m(rows), block_n=64, block_k=128, prefetch=2, num_warps=4, num_stages=4)
+
+
+def _depth(rows: int) -> tuple[Wave, ...]:
+    least = _block_m(rows)
+    depth = (_axis("block_k", 32, 64, 128, 256), _axis("num_stages", 3, 4, 5, 6))
+    return depth, (_axis("prefetch", 0, 1, 2, 4), _axis("block_m", *sorted({least, min(2 * least, 128)})))
+
+
+_PRODUCT_ROWS = tuple((rows, rows) for rows in (1, 8, 16, 32, 64, 128, 256))
+_ATTENTION_STAGES = _axis("num_stages", 2, 3, 4, 5, 6)
+SEARCHES = {
+    "linear": Search(
+        _PRODUCT_ROWS,
+        _product_start,
+        lambda rows: ((_COLUMNS, _axis("splits", 1, 2, 3, 4, 6, 8, 11, 16)), *_depth(rows)),
+    ),
+    "gate_up": Search(_PRODUCT_ROWS, _product_start, lambda rows: ((_COLUMNS,), *_depth(rows))),
+    "decode_attention": Search(
+        ((8, 8), (64, 64), (256, 256)),
+        lambda rows: Tile(block_n=64, programs_per_sm=2, num_warps=2, num_stages=4),
+        lambda rows: (
+            (_axis("block_n", 32, 64, 128), _axis("num_warps", 1, 2, 4), _ATTENTION_STAGES),
+            (_axis("programs_per_sm", 1, 2, 3, 4, 8),),
+        ),
+    ),
+    "prefill_attention": Search(
+        ((16, 16), (64, 64), (8192, 2048)),
+        lambda rows: Tile(block_m=_block_m(rows), block_n=64, num_warps=4, num_stages=3),
+        lambda rows: (
+            (_axis("block_m", *sorted({max(16, _block_m(rows)), 64, 128})), _axis("num_warps", 4, 8)),
+            (_axis("block_n", 32, 64, 128), _ATTENTION_STAGES),
+        ),
+    ),
+}
