@@ -22,7 +22,10 @@ GROUPS = (
     ("decode attention", re.compile(r"_decode_kernel|_combine_kernel|decode_attention")),
     ("prefill attention", re.compile(r"_prefill_kernel|prefill_attention")),
     ("attention", re.compile(r"scaled_dot_product")),
-    ("matrix products", re.compile(r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|::(add|b)?mm$", re.I)),
+    (
+        "matrix products",
+        re.compile(r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|::(add|b)?mm$", re.I),
+    ),
     ("norm", re.compile(r"rms_norm")),
     ("rotary and KV write", re.compile(r"rotary|kv_write")),
     ("activation", re.compile(r"silu")),
