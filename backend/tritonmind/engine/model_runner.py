@@ -31,7 +31,7 @@ from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.errors import ConfigError
-from tritonmind.kernels import PREFILL_VARIANTS, decode_variants, token_logprobs
+from tritonmind.kernels import attention_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
 from tritonmind.model_source import ModelSource
 from tritonmind.models.llama import HiddenStates
@@ -233,10 +233,13 @@ class ModelRunner:
         longest = self._run_largest()
         for rows in self.model.row_variants(max_tokens, max_seqs):
             self._run_padding(0, _spread(min(rows, max_seqs * longest), max_seqs))
-        for query_len in PREFILL_VARIANTS:
-            self._run_padding(0, [min(query_len, longest)])
-        num_kv_heads = model.num_kv_heads // self.config.tensor_parallel_size
-        for num_decodes in decode_variants(max_seqs, num_kv_heads, self._builder.max_blocks, self.device):
+        attention = attention_variants(
+            max_seqs, longest, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim,
+            block_size=self.config.cache.block_size, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        for query_len in attention.max_query_lens:
+            self._run_padding(0, [query_len])
+        for num_decodes in attention.num_decodes:
             self._run_padding(num_decodes, [])
             chunk = min(16, longest, max_tokens - num_decodes)
             if num_decodes < max_seqs and chunk:

@@ -2,10 +2,8 @@
 
 from tritonmind.kernels.activation import silu_mul
 from tritonmind.kernels.attention import (
-    PREFILL_VARIANTS,
     AttentionVariants,
     attention_variants,
-    decode_variants,
     paged_decode_attention,
     paged_prefill_attention,
     plan_decode,
@@ -29,7 +27,6 @@ from tritonmind.kernels.step_inputs import (
 )
 
 __all__ = [
-    "PREFILL_VARIANTS",
     "PROMPT_FLAG",
     "AttentionVariants",
     "DecodeInputs",
@@ -39,7 +36,6 @@ __all__ = [
     "TokenLogprobs",
     "add_rms_norm",
     "attention_variants",
-    "decode_variants",
     "edit_logits",
     "gate_up",
     "gather_rows",

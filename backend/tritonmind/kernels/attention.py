@@ -22,15 +22,6 @@ from tritonmind.kernels.dispatch import (
 MAX_HEAD_DIM = 128
 
 
-# A max_query_len for each variant of the prefill kernel: what a warm-up must run.
-PREFILL_VARIANTS = (16, 64, 128)
-
-
-def decode_variants(max_num_seqs: int, num_kv_heads: int, max_blocks: int, device: torch.device) -> list[int]:
-    """A batch size for each variant of the decode kernel that batches of up to `max_num_seqs` use."""
-    return sorted({1, max_num_seqs})
-
-
 class AttentionVariants(NamedTuple):
     """Sizes of steps that between them use every variant of the attention kernels, the largest first."""
 
