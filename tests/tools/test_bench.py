@@ -18,7 +18,7 @@ import torch
 from tests.model_configs import LLAMA_2_7B
 from tests.workspaces import tiny_workspace
 
-from tritonmind_tools.bench import grid, kernel_cases, machine
+from tritonmind_tools.bench import grid, kernel_cases, machine, profile
 from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
 from tritonmind_tools.bench.roofline import step_bytes
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
@@ -194,12 +194,28 @@ def test_profile_accounts_for_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row["workload"].startswith("decode step B=3 L=7") and row["unit"] == "us"
     host = results["host_seconds"]
     assert 0 < sum(host["parts"].values()) <= host["wall"] * 1.01
+    assert set(host["parts"]) == {"schedule", "execute", "wait", "update", "message"}
+    assert host["host"] > 0 and host["target"] is None, "a CPU computes the model in the engine's thread"
     products = [kernel for kernel in results["kernels"] if kernel["group"] == "matrix products"]
     # Four in each of two layers, and the logits.
     assert sum(kernel["calls_per_step"] for kernel in products) == 9
     assert sum(kernel["share"] for kernel in results["kernels"]) == pytest.approx(1)
     assert json.loads(trace.read_text())["traceEvents"]
-    assert "matrix products" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "matrix products" in printed and f"host: {host['host'] * 1e6:.1f} us of CPU time a step" in printed
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "target"), [(1, 0.3e-3), (32, 0.3e-3), (33, 0.5e-3), (256, 0.5e-3), (257, None)]
+)
+def test_the_host_has_a_target_by_batch_size(
+    batch_size: int, target: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profile._host_target(batch_size) == target
+    parts = dict.fromkeys(profile.PARTS, 1e-6)
+    profile._print_host(profile.Timing(wall=1e-3, host=0.4e-3, parts=parts), target)
+    printed = capsys.readouterr().out
+    assert ("kept" in printed, "MISSED" in printed) == (target == 0.5e-3, target == 0.3e-3)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +241,10 @@ def event(category: str, name: str, start: float, duration: float) -> dict[str, 
 
 
 def test_account_of_a_trace_of_a_card() -> None:
-    """Two steps of a decode kernel, a copy that overlaps it, a matrix product, and the calls that started them."""
+    """Two steps of a decode kernel, a copy that overlaps it, a matrix product, and the calls that started them.
+
+    A microsecond counts for the one that ends first: the other may only have waited for it.
+    """
     events: list[dict[str, Any]] = [event("cuda_runtime", "cudaDeviceSynchronize", 0, 1), {"ph": "M", "name": "x"}]
     for start in (100, 200):
         events += [
@@ -240,10 +259,10 @@ def test_account_of_a_trace_of_a_card() -> None:
     assert [(k.name, k.calls_per_step, k.us_per_call, k.us_per_step) for k in found.kernels] == [
         ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", 1, 30, 30),
         ("_decode_kernel", 1, 20, 20),
-        ("Memcpy DtoH", 1, 10, 10),
+        ("Memcpy DtoH", 1, 5, 5),
     ]
-    assert found.kernels[0].share == pytest.approx(0.5)
-    assert found.us_by_group == {"matrix products": 30, "decode attention": 20, "copies": 10}
+    assert found.kernels[0].share == pytest.approx(30 / 55)
+    assert found.us_by_group == {"matrix products": 30, "decode attention": 20, "copies": 5}
     assert found.busy_us_per_step == 25 + 30
     assert found.host_calls_per_step == {"cudaGraphLaunch": 1, "cudaEventSynchronize": 1}
 
