@@ -186,7 +186,7 @@ def test_a_flood_of_short_prompts_leaves_a_long_one_half_of_each_step() -> None:
             driver.scheduler.add(request(1 + 3 * num_steps + number, [num_steps, number] * 750, 1))
         driver.step()
         num_steps += 1
-    assert num_steps <= long // (budget // 2) + 1
+        assert num_steps <= long // (budget // 2) + 1, "the long prompt starves"
     assert len(driver.finals) >= num_steps, "the others stood still"
 
 

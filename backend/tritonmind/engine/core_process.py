@@ -25,6 +25,9 @@ from tritonmind.messages import EngineFailed, FromEngine, ToEngine
 from tritonmind.model_source import open_model
 
 LIFELINE_FD = 0  # standard input
+# Objects that must have come and stayed before the collector looks for cycles, of which a step makes none: on its way
+# it would walk the token ids of all requests that wait.
+GC_THRESHOLD = 100_000
 LINGER_MS = 2000  # how long the last message may take to reach the parent
 
 
@@ -61,6 +64,7 @@ def main() -> int:
         # Weights and modules live as long as we do: keep the collector from walking them during a step.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(GC_THRESHOLD, 10, 10)
         run_engine(core, receive, send)
     except TritonmindError as error:
         send(EngineFailed(error=str(error), code=error.code))

@@ -155,7 +155,8 @@ class InputBuilder:
         num_seqs = num_decodes + num_prefills
         assert max(prefill_lens, default=0) <= self.max_blocks * self._block_size, "a chunk longer than a block table"
         head = self._staging.begin()
-        head.context_lens[:num_seqs] = [1] * num_decodes + prefill_lens
+        if num_prefills:
+            head.context_lens[:num_seqs] = [1] * num_decodes + prefill_lens
         np.cumsum(prefill_lens, dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
         head.logits_rows[:num_seqs] = 0
         num_tokens = num_decodes + sum(prefill_lens)
@@ -167,7 +168,6 @@ class InputBuilder:
             parts[1].fill(-1)  # positions
             self._send(tail)
         else:
-            head.context_lens.fill(0)
             self._staging.send_head()
         return Step(
             num_decodes=num_decodes,

@@ -161,14 +161,18 @@ class ModelRunner:
             if self._decode_graphs is not None:
                 self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
             else:
-                inputs = self._builder.decode_inputs(step.num_decodes, max_context_len=step.max_context_len)
-                self.model(inputs, self.kv_caches, out=self.logits[: step.num_samples])
+                self._decode(step.num_decodes, step.max_context_len)
             return None
         inputs = self._builder.model_inputs(step)
         hidden = self.model.hidden_states(inputs, self.kv_caches)
         if step.num_samples:
             self.model.logits(hidden, inputs.logits_rows, out=self.logits[: step.num_samples])
         return hidden
+
+    def _decode(self, num_rows: int, max_context_len: int = 0) -> None:
+        """Logits of a step of decodes only, as InputBuilder.decode_inputs says: what a graph holds."""
+        inputs = self._builder.decode_inputs(num_rows, max_context_len=max_context_len)
+        self.model(inputs, self.kv_caches, out=self.logits[:num_rows])
 
     def _sample(self, step: Step) -> None:
         """Draw for the step's sampling rows, into the sampler's token_ids."""
@@ -273,13 +277,12 @@ class ModelRunner:
     def _capture(self) -> None:
         """Capture decoding and both ways of sampling, in one memory pool."""
 
-        def decode(num_rows: int) -> None:
-            self.model(self._builder.decode_inputs(num_rows), self.kv_caches, out=self.logits[:num_rows])
-
         def draw(num_rows: int, greedy: bool) -> None:
             self._sampler.sample(self.logits[:num_rows], greedy=greedy)
 
-        decode_graphs = GraphSet(decode)
+        # What the steps before have left must not be computed again, over blocks that may be anyone's.
+        self._builder.finish(self._builder.stage_padding(self.config.scheduler.max_num_seqs, []))
+        decode_graphs = GraphSet(self._decode)
         seconds = decode_graphs.capture(self._buckets, self._graph_pool)
         for greedy in (True, False):
             graphs = GraphSet(functools.partial(draw, greedy=greedy))

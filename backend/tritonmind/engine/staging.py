@@ -156,7 +156,7 @@ class StepStaging:
     def _make_buffer(self, max_num_seqs: int) -> _Buffer:
         words = self.device_words
         if not self._is_cpu:
-            words = torch.zeros_like(words, device="cpu", pin_memory=True)
+            words = torch.zeros(words.shape, dtype=words.dtype, pin_memory=True)
         array = words.numpy()
         views = [array[start : start + size] for start, size in self._head_ranges()]
         token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=not self._is_cpu)

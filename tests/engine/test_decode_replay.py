@@ -1,0 +1,61 @@
+"""What a decode graph holds, run on a CPU: rows of padding change nothing, and nothing is read from the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
+from tests.tolerances import assert_close
+from tritonmind.engine.model_runner import ModelRunner
+from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.workspace import Workspace
+
+NUM_BLOCKS = 30
+
+
+@pytest.fixture
+def runner(workspace: Path) -> ModelRunner:
+    source = Workspace.open(workspace)
+    config = source.engine_config(
+        device="cpu", max_num_seqs=8, cache_max_entry_count=NUM_BLOCKS, max_num_batched_tokens=256, num_threads=1
+    )
+    runner = ModelRunner(source, config)
+    fill_cache(runner)
+    return runner
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_padding", [0, 3])
+def test_a_replay_with_padding_equals_the_step(runner: ModelRunner, num_padding: int) -> None:
+    """After a larger step has left its rows behind; the last tokens of two rows are known to the device only."""
+    runner.execute(decode(sequences([90] * 8, NUM_BLOCKS))).wait()
+    seqs = sequences([1, 64, 65, 200, 130], NUM_BLOCKS)
+    runner.execute(prefills(prefill(seqs[:2], 1))).wait()  # enters them, and draws
+    output = decode(seqs)
+    output.decodes.token_ids[:2] = -1
+    output.decodes.fresh[:] = [2, 3, 4]
+    drawn = runner.execute(output).wait().token_ids
+    expected = runner.logits[:5].clone()
+    written = [(cache.k.clone(), cache.v.clone()) for cache in runner.kv_caches]
+
+    # Once more as a graph would: the same staged step, which must not have changed, in a larger bucket.
+    runner._sampler.last_token_ids[torch.tensor([seq.slot for seq in seqs[:2]])] = _inputs_of(runner, 2)
+    runner.logits.fill_(float("nan"))
+    runner._decode(5 + num_padding, 200)
+    assert_close(runner.logits[:5], expected)
+    assert runner.logits[:5].argmax(1).tolist() == drawn
+    assert runner.logits[: 5 + num_padding].isfinite().all(), "padding read what nobody wrote"
+    for cache, (k, v) in zip(runner.kv_caches, written, strict=True):
+        assert_close(cache.k, k)
+        assert_close(cache.v, v)
+    mixed = SchedulerOutput(decode(seqs[2:]).decodes, prefill(seqs[:1], 1))
+    runner.execute(mixed).wait()
+    assert_close(runner.logits[:3], expected[2:])
+
+
+def _inputs_of(runner: ModelRunner, num_rows: int) -> torch.Tensor:
+    """What the device took for the tokens that only it knew, before the draw took their place."""
+    return runner._builder._tokens.token_ids[:num_rows].clone()
