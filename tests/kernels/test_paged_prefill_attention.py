@@ -77,6 +77,15 @@ def test_large(heads: tuple[int, int, int], block_size: int, gpu_target: Target)
     check(heads, [7, 16], [700, 16], gpu_target, block_size=block_size)
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("heads", LARGE_HEADS, ids=str)
+def test_long_runs(heads: tuple[int, int, int], block_size: int, gpu_target: Target) -> None:
+    """Which have a kernel of their own on Hopper: with a context, beside short ones, empty ones and padding."""
+    query_lens, context_lens = [1700, 1, 64, 0, 300, 128], [2750, 300, 64, 10, 777, 128]
+    check(heads, query_lens, context_lens, gpu_target, block_size=block_size, num_padding=3)
+    check(heads, [2048], [2048], gpu_target, block_size=block_size)
+
+
 def test_query_of_one_equals_decode(target: Target) -> None:
     """The two kernels are one function where they meet."""
     pages = make_pages([37, 20], num_kv_heads=1, head_dim=64, block_size=16, target=target)
