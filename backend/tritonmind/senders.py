@@ -199,12 +199,19 @@ def _send_error(responder: Responder, error: TritonmindError) -> bool:
 
 
 def _drain(inbox: deque[TokenOutput]) -> list[TokenOutput]:
-    """Everything that is pending, one output for each answer: the tokens of several steps as if they were of one."""
+    """Everything that is pending, the tokens of several steps for one answer as if they were of one.
+
+    What ends an answer early stays apart from the tokens before, which belong to the session's history all the same.
+    """
     pending: dict[int, list[TokenOutput]] = {}
+    ends = []
     while inbox:
         output = inbox.popleft()
-        pending.setdefault(output.request_id, []).append(output)
-    return [outputs[0] if len(outputs) == 1 else _joined(outputs) for outputs in pending.values()]
+        if output.finish_reason in ("error", "cancelled"):
+            ends.append(output)
+        else:
+            pending.setdefault(output.request_id, []).append(output)
+    return [*(outputs[0] if len(outputs) == 1 else _joined(outputs) for outputs in pending.values()), *ends]
 
 
 def _joined(outputs: list[TokenOutput]) -> TokenOutput:
