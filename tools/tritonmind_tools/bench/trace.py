@@ -19,7 +19,7 @@ SYNCHRONISE = "cudaDeviceSynchronize"
 
 # Kinds of work by what a kernel's short name holds; the first that fits counts.
 GROUPS = (
-    ("decode attention", re.compile(r"_decode_kernel|_combine_kernel|decode_attention")),
+    ("decode attention", re.compile(r"_decode_kernel|_plan_kernel|_combine_kernel|decode_attention")),
     ("prefill attention", re.compile(r"_prefill_kernel|prefill_attention")),
     ("attention", re.compile(r"scaled_dot_product")),
     (
@@ -30,7 +30,7 @@ GROUPS = (
     ("rotary and KV write", re.compile(r"rotary|kv_write")),
     ("activation", re.compile(r"silu")),
     ("sampling", re.compile(r"_score_kernel|_choose_kernel|_edit_logits|logprob|argmax|topk", re.I)),
-    ("step inputs", re.compile(r"_prepare_tokens|_write_block_tables|gather_rows|embedding", re.I)),
+    ("step inputs", re.compile(r"_prepare_|_write_block_tables|gather_rows|embedding", re.I)),
     ("copies", re.compile(r"memcpy|memset|copy|fill", re.I)),
 )
 OTHER_GROUP = "other"
