@@ -49,7 +49,8 @@ def test_sweeps_measure_steady_steps_and_are_recorded(tmp_path: Path, monkeypatc
     assert results["notes"]["preemptions"] == "0"
     assert results["notes"]["left out"].startswith("decode_batch8_context512: ")
     for row in rows.values():
-        assert row["steady_steps"] >= grid.STEADY_STEPS
+        # Fewer than STEADY_STEPS on a machine so busy that requests take long to arrive, never none.
+        assert 2 <= row["steady_steps"] < row["output_len"]
         assert row["input_len"] < row["context"] < row["input_len"] + row["output_len"]
         assert row["value"] == pytest.approx(row["batch_size"] / row["step_time"])
         assert row["step_cpu"] > 0 and row["roofline_fraction"] > 0

@@ -24,7 +24,7 @@ SWEEP_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SWEEP_CONTEXT = 256  # at which 256 sequences of Llama-2-7B fit an 80 GB card
 SWEEP_CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 CONTEXT_BATCHES = (1, 8)
-STEADY_STEPS = 32  # of a sweep's row
+STEADY_STEPS, ARRIVAL_STEPS = 32, 8  # of a sweep's row
 PEER_BATCHES = (
     (1, 1, 512),
     (1, 2048, 128),
@@ -113,13 +113,13 @@ def batch(batch_size: int, input_len: int, output_len: int) -> Workload:
 
 
 def steps(batch_size: int, context: int, max_num_batched_tokens: int) -> Workload:
-    """At least STEADY_STEPS decode steps of a batch whose prompts are all computed.
+    """Some STEADY_STEPS decode steps of a batch whose prompts are all computed.
 
-    The first request decodes while the others' prompts are computed, in what the decodes leave of each step; a quarter
-    more, because a step may not be full.
+    The first request decodes while the others' prompts are computed, in what the decodes leave of each step: a quarter
+    more, because a step may not be full, and a few for those that begin before all requests have arrived.
     """
     num_prefill_steps = -(-batch_size * context // max(1, max_num_batched_tokens - batch_size))
-    output_len = num_prefill_steps * 5 // 4 + STEADY_STEPS + 2
+    output_len = num_prefill_steps * 5 // 4 + ARRIVAL_STEPS + STEADY_STEPS
     return Workload(f"decode_batch{batch_size}_context{context}", "step", [(context, output_len)] * batch_size)
 
 
