@@ -324,6 +324,20 @@ def _prepare_tokens(setting: Setting, point: Point) -> Case:
     return Case(count * (3 * 4 + 8 + 4 + 2 * 8 + 4), 0, make)
 
 
+def _prepare_decodes(setting: Setting, point: Point) -> Case:
+    count = point.num_seqs
+
+    def make() -> Callable[[], object]:
+        tables, slots = _block_tables(setting, point), _indices(setting, count)
+        none = torch.full((count,), -1, dtype=torch.int32, device=setting.device)
+        last, lengths = torch.zeros(count, dtype=torch.int64, device=setting.device), _context_lens(setting, point)
+        tokens = kernels.TokenInputs(none.long(), none.long(), none.clone())
+        out = kernels.DecodeInputs(tokens, torch.empty_like(tables))
+        return lambda: kernels.prepare_decodes(none, lengths, slots, none, last, tables, block_size=BLOCK_SIZE, out=out)
+
+    return Case(count * (4 * 4 + 8 + 2 * 8 + 4 + 2 * 4 * -(-point.context // BLOCK_SIZE)), 0, make)
+
+
 def _write_block_tables(setting: Setting, point: Point) -> Case:
     count = -(-point.num_tokens // TOKENS_PER_BLOCK_WRITE)
 
@@ -336,6 +350,7 @@ def _write_block_tables(setting: Setting, point: Point) -> Case:
 
 KERNELS = (
     Kernel("prepare_tokens", "prepare_tokens", True, True, _prepare_tokens),
+    Kernel("prepare_decodes", "prepare_decodes", True, False, _prepare_decodes),
     Kernel("write_block_tables", "write_block_tables", True, True, _write_block_tables),
     Kernel("gather_rows", "gather_rows", True, True, _gather_rows),
     Kernel("rms_norm", "rms_norm", True, True, _rms_norm),
