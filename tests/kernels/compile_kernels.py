@@ -23,24 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
 
 from tests.kernels import sass
 from tests.kernels.compile_cases import cases, target_cards
 from tritonmind import kernels
 from tritonmind.kernels import pdl, tuning
 from tritonmind.kernels.tile_table import Card
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-}
 
 
 class Job(NamedTuple):
@@ -94,17 +83,14 @@ def source_of(kernel: JITFunction, values: dict[str, Any]) -> ASTSource:
         if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[param.name] = "constexpr"
             constants[param.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = TYPES[value.dtype]
-            if not param.do_not_specialize_on_alignment:
-                aligned[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            dtype = TYPES[value.base.dtype].removeprefix("*")
-            signature[param.name] = f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>"
+            continue
+        signature[param.name] = mangle_type(value)
+        if isinstance(value, torch.Tensor):
+            is_aligned = not param.do_not_specialize_on_alignment
         else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-            if special and type(value) is int and value % 16 == 0:
-                aligned[(index,)] = [["tt.divisibility", 16]]
+            is_aligned = special and type(value) is int and value % 16 == 0
+        if is_aligned:
+            aligned[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
 

@@ -24,7 +24,8 @@ class Code(NamedTuple):
     """registers: a thread. stack, local: bytes a thread, where registers were too few.
 
     loop_spills: instructions of loops that go there. product_loops: for each innermost loop with matrix products, how
-    often it has each instruction, with its suffixes.
+    often it has each instruction, with its suffixes; where loops are unrolled, what lies between the first product and
+    the last. bulk_loads: fetches of whole tiles (TMA), by any warp.
     """
 
     registers: int
@@ -32,6 +33,7 @@ class Code(NamedTuple):
     local: int
     loop_spills: int
     product_loops: list[Counter[str]]
+    bulk_loads: int
 
 
 def read(cubin: bytes) -> Code:
@@ -62,15 +64,14 @@ def parse(text: str) -> Code:
         for loop in loops
         if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
     ]
-    bodies = [Counter(opcode for address, opcode, _ in code if low <= address <= high) for low, high in innermost]
+    products = [address for address, opcode, _ in code if opcode.partition(".")[0] in MATRIX_PRODUCTS]
+    bodies = [(low, high) for low, high in innermost if any(low <= address <= high for address in products)]
+    if products and not bodies:
+        bodies = [(products[0], products[-1])]
     spills = [address for address, opcode, _ in code if opcode.partition(".")[0] in SPILLS]
     return Code(
         *map(int, resources.groups()),
         sum(any(low <= address <= high for low, high in loops) for address in spills),
-        [body for body in bodies if count(body, *MATRIX_PRODUCTS)],
+        [Counter(opcode for address, opcode, _ in code if low <= address <= high) for low, high in bodies],
+        sum(opcode.startswith("UTMALDG") for _, opcode, _ in code),
     )
-
-
-def count(opcodes: Counter[str], *names: str) -> int:
-    """How many there are whose name, suffixes aside, is one of these."""
-    return sum(number for opcode, number in opcodes.items() if opcode.partition(".")[0] in names)

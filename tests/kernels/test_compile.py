@@ -31,10 +31,9 @@ MAX_REGISTERS = 64 << 10  # of all threads of a program
 # What only Hopper has the instructions for.
 HOPPER_KERNELS = {"_long_prefill_kernel"}
 # Kernels whose time goes into loops that must keep reading while they multiply.
-PRODUCT_KERNELS = {"_decode_kernel", "_prefill_kernel", "_linear_kernel", "_gate_up_kernel"}
+PRODUCT_KERNELS = {"_decode_kernel", "_prefill_kernel", "_long_prefill_kernel", "_linear_kernel", "_gate_up_kernel"}
 # Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
 MAX_STACK = 16
-WARP_GROUP = 4  # warps; a tile of 64 rows and a group of warps are what the H100's own products take
 
 Report = dict[str, Any]
 
@@ -124,13 +123,12 @@ def product_complaints(report: Report) -> list[str]:
     if not report["product_loops"]:
         return ["no loop with products of the tensor cores"]
     for opcodes in report["product_loops"]:
-        if not has(opcodes, "LDGSTS", "UTMALDG"):
+        if not has(opcodes, "LDGSTS") and not report["bulk_loads"]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         if has(opcodes, "LDG"):
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
-        rows = report["constants"].get("BLOCK_M", 0)
-        wide = report["kernel"] == "_prefill_kernel" and rows >= 64 and report["options"]["num_warps"] >= WARP_GROUP
-        if report["capability"] == [9, 0] and wide and not has(opcodes, "HGMMA"):
+        is_wide = report["kernel"].endswith("prefill_kernel") and report["constants"]["BLOCK_M"] >= 64
+        if report["capability"] == [9, 0] and is_wide and not has(opcodes, "HGMMA"):
             found.append("a loop without the products of a group of warps (HGMMA)")
     return found
 
