@@ -189,7 +189,8 @@ def _decode_kernel(
     q = tl.load(q_ptr + first_head * HEAD_DIM + element, mask=inside, other=0.0)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     row_max = tl.full((ROWS,), -1e30, tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
+    # Added up across a tile at the end only: a sum of rows has its warps wait for one another.
+    sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     block_table_ptr = block_tables_ptr + seq * block_table_stride
     for tile in range(first_tile, end_tile):
         start = tile * BLOCK_N
@@ -208,8 +209,9 @@ def _decode_kernel(
         shrink = tl.exp2(row_max - new_max)
         v = tl.load(v_cache_ptr + page_row * HEAD_DIM + page_element, mask=mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+        sums = sums * shrink[:, None] + weights
         row_max = new_max
+    row_sum = tl.sum(sums, axis=1)
     acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     out_row_ptr = out_ptr + first_head * HEAD_DIM
     if num_pieces == 1:
