@@ -16,6 +16,7 @@ SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 SMALL_SHARED_BYTES = 99 << 10
 ITEMSIZE = 2
 LINE_BYTES = 128  # that a prefetch takes
+MAX_PROGRAMS_PER_SM = 6  # of more, partial sums only cost their addition
 
 # Values that go together, one after the other.
 Axis = tuple[Mapping[str, Any], ...]
@@ -54,8 +55,11 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
     width = tile.block_n * (2 if kernel == "gate_up" else 1) + tile.block_m
     shared = tile.num_stages * width * tile.block_k * ITEMSIZE
     num_tiles = sizes["k"] // tile.block_k
+    num_programs = sizes["n"] // tile.block_n * tile.splits
+    if tile.splits > 1 and (2 * tile.splits > num_tiles or num_programs > MAX_PROGRAMS_PER_SM * card.num_sms):
+        return False
     lines = tile.prefetch * tile.block_k * ITEMSIZE
-    return shared <= limit and 2 * tile.splits <= num_tiles and (not lines or lines >= LINE_BYTES)
+    return shared <= limit and (not lines or lines >= LINE_BYTES)
 
 
 def _axis(name: str, *values: int) -> Axis:
@@ -82,7 +86,7 @@ def _depth(rows: int) -> tuple[Wave, ...]:
     return depth, (_axis("prefetch", 0, 1, 2, 4), _axis("block_m", *sorted({least, min(2 * least, 128)})))
 
 
-_PRODUCT_ROWS = tuple((rows, rows) for rows in (1, 8, 16, 32, 64, 128, 256))
+_PRODUCT_ROWS = tuple((rows, rows) for rows in (1, 8, 16, 32, 64, 128))
 _ATTENTION_STAGES = _axis("num_stages", 2, 3, 4, 5, 6)
 SEARCHES = {
     "linear": Search(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHAPE = "llama-2-7b"
 MAX_PROCESSES = 16
+WHOLE_PRODUCTS = {"output"}  # nothing follows that takes partial sums
 MARGIN = 0.01  # by which a tile must beat the library, whose products need no compilation
 
 
@@ -48,7 +49,7 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s")
     parser.add_argument("--kernel", metavar="NAME,...", help="some of the kernels that have tiles (default: all)")
-    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS", help="default %(default)s")
+    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="default %(default)s")
     parser.add_argument("--output", metavar="FILE", help="the file of tiles (default: this card's, in the package)")
     parser.add_argument("--json", metavar="FILE", help="also write the times there")
     parser.set_defaults(run=run)
@@ -148,20 +149,24 @@ def search(
             own = [found for found in timed[task] if not found.library]
             best = min(own, key=timed[task].__getitem__, default=None)
             found = list(candidates(task.kernel, card, task.named_sizes(), task.rows, wave, best))
+            if task.product in WHOLE_PRODUCTS:
+                found = [tile for tile in found if tile.splits == 1]
             if not wave and KERNELS[task.kernel].has_library:
                 found.append(LIBRARY)
             jobs += [(task, tile) for tile in found if tile not in timed[task]]
         if not jobs or is_over():
             return picks
         good = usable(jobs)
-        with Progress(len(good)) as progress:
-            for task, tile in good:
-                if is_over():
-                    return picks
-                progress.begin(f"{task.kernel} {task.sizes} rows={task.rows}")
-                timed[task][tile] = seconds(task, tile)
-                if timed[task][tile] < math.inf:
-                    picks[task] = _pick(timed[task])
+        by_task = {task: [tile for other, tile in good if other == task] for task, _ in good}
+        with Progress(len(by_task)) as progress:
+            for task, tiles in by_task.items():
+                progress.begin(f"wave {wave + 1}: {task.kernel} {task.sizes} rows={task.rows}, {len(tiles)} tiles")
+                for tile in tiles:
+                    if is_over():
+                        return picks
+                    timed[task][tile] = seconds(task, tile)
+                    if timed[task][tile] < math.inf:
+                        picks[task] = _pick(timed[task])
         wave += 1
 
 

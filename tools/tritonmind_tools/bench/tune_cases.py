@@ -143,8 +143,13 @@ def seconds(setting: Setting, task: Task, tile: Tile) -> float:
 
 
 def refused(error: Exception) -> bool:
-    """Whether the compiler or the card does not take a tile, which is no failure of ours."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or type(error).__module__.startswith("triton.")
+    """Whether the compiler or the card does not take a tile, which is no failure of ours.
+
+    Triton's compiler raises plain RuntimeErrors; a fault while a kernel runs is of a class of its own in torch.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError) or type(error) is RuntimeError:
+        return True
+    return type(error).__module__.startswith("triton.")
 
 
 class Compilers:
