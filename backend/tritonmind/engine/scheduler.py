@@ -169,17 +169,14 @@ class Scheduler:
             seq.token_ids.append(token_id)
         self._commit_full_blocks(rows)
         special = self._special_rows(rows, sampled_ids, logprobs, num_ended)
-        request_ids, token_ids = rows.request_ids, sampled_ids[:num_rows]
+        request_ids, token_ids = rows.request_ids.copy(), sampled_ids[:num_rows]
         outputs = []
         for row in special:
             if rows.seqs[row].status is not SequenceStatus.FINISHED:
                 logprob = None if logprobs is None else logprobs[row]
                 outputs.append(self._take_token(rows.seqs[row], token_ids[row], logprob))
-        if special:
-            skipped = set(special)
-            plain = [row for row in range(num_rows) if row not in skipped]
-            request_ids = [request_ids[row] for row in plain]
-            token_ids = [token_ids[row] for row in plain]
+        for row in reversed(special):
+            del request_ids[row], token_ids[row]
         draws = zip(sampled_ids[num_rows:], logprobs[num_rows:] if logprobs else _NOTHING, strict=False)
         for item, values in zip(output.prefills, prompt_logprobs or _NOTHING, strict=False):
             outputs.extend(self._update_prefill(item, draws, values))
@@ -342,11 +339,11 @@ class Scheduler:
         """The rows of which there is more to say than a token, or nothing at all, in order."""
         special = {*rows.fresh, *rows.ending}
         if self._num_ended != num_ended:
-            special.update(row for row, seq in enumerate(rows.seqs) if seq.status is SequenceStatus.FINISHED)
+            special.update([row for row, seq in enumerate(rows.seqs) if seq.status is SequenceStatus.FINISHED])
         if not self._stop_ids.keys().isdisjoint(token_ids):
-            special.update(row for row in range(len(rows.seqs)) if token_ids[row] in self._stop_ids)
+            special.update([row for row in range(len(rows.seqs)) if token_ids[row] in self._stop_ids])
         if logprobs is not None:
-            special.update(row for row in range(len(rows.seqs)) if logprobs[row] is not None)
+            special.update([row for row in range(len(rows.seqs)) if logprobs[row] is not None])
         return sorted(special)
 
     def _update_prefill(
