@@ -3,104 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict, deque
-from collections.abc import Iterable
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.fakes import FakeExecutor, InputsExecutor, generate
-from tritonmind.config import SchedulerConfig
-from tritonmind.engine.block_manager import BlockManager
-from tritonmind.engine.scheduler import Scheduler
-from tritonmind.messages import EngineRequest, TokenOutput
+from tests.engine.driver import BLOCK, Driver, request
+from tests.engine.fakes import generate
+from tritonmind.messages import EngineRequest
 from tritonmind.sequence import SequenceStatus
-
-BLOCK = 4
-
-
-def request(
-    request_id: int,
-    prompt: list[int],
-    max_tokens: int,
-    stop_token_ids: list[int] | None = None,
-    *,
-    priority: int = 0,
-) -> EngineRequest:
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt,
-        max_tokens=max_tokens,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=0,
-        stop_token_ids=stop_token_ids or [],
-        priority=priority,
-    )
-
-
-class Driver:
-    """Runs a scheduler with `depth` steps in flight, as EngineCore does, and collects what comes out."""
-
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        depth: int,
-        max_num_seqs: int = 4,
-        budget: int = 8,
-        caching: bool = True,
-        max_model_len: int = 40,
-        block_size: int = BLOCK,
-        with_inputs: bool = False,
-    ) -> None:
-        config = SchedulerConfig(max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(config, self.manager)
-        self.executor: FakeExecutor | InputsExecutor = (
-            InputsExecutor(num_blocks, block_size, config)
-            if with_inputs
-            else FakeExecutor(num_blocks, block_size, max_num_seqs)
-        )
-        self.depth = depth
-        self.in_flight: deque = deque()
-        self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.finals: dict[int, TokenOutput] = {}
-        self.queue_times: dict[int, float] = {}
-
-    def take(self, outputs: Iterable[TokenOutput]) -> None:
-        for output in outputs:
-            assert output.request_id not in self.finals, "an output after the last one"
-            self.tokens[output.request_id].extend(output.token_ids)
-            if output.queue_time_s is not None:
-                assert output.request_id not in self.queue_times, "a queue time came twice"
-                self.queue_times[output.request_id] = output.queue_time_s
-            if output.finish_reason is not None:
-                self.finals[output.request_id] = output
-
-    def step(self) -> None:
-        output = self.scheduler.schedule()
-        self.scheduler.check_integrity()
-        if output.num_tokens:
-            self.in_flight.append((output, self.executor.execute(output)))
-            if len(self.in_flight) <= self.depth:
-                return
-        if self.in_flight:
-            due, handle = self.in_flight.popleft()
-            self.take(self.scheduler.update(due, *handle.wait()))
-            self.scheduler.check_integrity()
-
-    def run(self, limit: int = 2000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.num_live and not self.in_flight:
-                self.scheduler.check_integrity()
-                assert self.manager.num_used_blocks == 0
-                return
-            self.step()
-        raise AssertionError("the scheduler does not come to an end")
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -144,69 +56,6 @@ def test_decodes_go_on_while_a_long_prompt_is_chunked() -> None:
     assert driver.executor.max_tokens_in_a_step <= 6
     driver.run()
     assert driver.tokens[1] == generate(list(range(30)), 2)
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-def test_a_prompt_of_32k_stalls_nobody(depth: int) -> None:
-    """While it is computed each decode has a token in each step, and prompts that come have their first soon."""
-    budget, long = 4096, 32_000
-    driver = Driver(
-        num_blocks=900, depth=depth, max_num_seqs=64, budget=budget, max_model_len=33_000, block_size=64, caching=False
-    )
-    for number in range(8):
-        driver.scheduler.add(request(number, [number] * 100, 60))
-    for _ in range(3):
-        driver.step()
-    driver.scheduler.add(request(8, [7] * long, 2))
-    started: dict[int, int] = {}
-    num_steps = 0
-    while 8 not in driver.tokens:
-        number = 9 + num_steps
-        driver.scheduler.add(request(number, [number] * 1500, 60))
-        decoding = {seq.request_id: len(driver.tokens[seq.request_id]) for seq in driver.scheduler.decoding}
-        driver.step()
-        num_steps += 1
-        for request_id, before in decoding.items():
-            assert len(driver.tokens[request_id]) == before + 1, "a decode had no token in a step"
-        for request_id in driver.tokens:
-            started.setdefault(request_id, num_steps)
-    assert driver.executor.max_tokens_in_a_step <= budget
-    assert num_steps <= long // (budget // 2) + 3 + depth, "others took more than half of its steps"
-    waited = [started[number] - (number - 8) for number in range(9, 9 + num_steps - 3)]
-    assert max(waited) <= 2 + depth, "a short prompt waited for the long one"
-
-
-def test_a_flood_of_short_prompts_leaves_a_long_one_half_of_each_step() -> None:
-    budget, long = 4096, 32_000
-    driver = Driver(num_blocks=2000, depth=0, max_num_seqs=64, budget=budget, max_model_len=33_000, block_size=64)
-    driver.scheduler.add(request(0, [7] * long, 2))
-    num_steps = 0
-    while not driver.tokens[0]:
-        for number in range(3):
-            driver.scheduler.add(request(1 + 3 * num_steps + number, [num_steps, number] * 750, 1))
-        driver.step()
-        num_steps += 1
-        assert num_steps <= long // (budget // 2) + 1, "the long prompt starves"
-    assert len(driver.finals) >= num_steps, "the others stood still"
-
-
-def test_a_long_prompt_alone_has_whole_steps() -> None:
-    driver = Driver(num_blocks=40, depth=0, budget=8)
-    driver.scheduler.add(request(0, list(range(33)), 2))
-    for _ in range(5):
-        assert not driver.tokens[0]
-        driver.step()
-    assert len(driver.tokens[0]) == 1
-
-
-def test_prompts_come_in_turn_unless_one_is_long() -> None:
-    """Equal prompts do not share a step: the first of them would have its answer as late as the last."""
-    driver = Driver(num_blocks=80, depth=0, max_num_seqs=8, budget=15)
-    for number in range(4):
-        driver.scheduler.add(request(number, [number] * 12, 20))
-    for number in range(4):
-        driver.step()
-        assert driver.tokens[number], "a prompt behind it took of its step"
 
 
 def test_first_come_first_served_and_slots_limit_the_batch() -> None:
@@ -410,40 +259,3 @@ def test_answers_that_wait_for_a_prompt_keep_their_places() -> None:
     assert started[:4] == [0, 1, 2, 3]
     driver.run()
     assert all(driver.tokens[number] == generate(prompt, 6) for number in range(4))
-
-
-@pytest.mark.parametrize(
-    "column", ["_slots", "_starts", "_token_ids", "_new_blocks", "_capacities", "_last_starts", "_request_ids"]
-)
-def test_the_integrity_check_finds_a_wrong_column(column: str) -> None:
-    driver = Driver(num_blocks=40, depth=1)
-    for number in range(3):
-        driver.scheduler.add(request(number, [number] * (5 + number), 20))
-    for _ in range(5):
-        driver.step()
-    driver.scheduler.check_integrity()
-    values = getattr(driver.scheduler._decoding, column)
-    values[1] += 1
-    with pytest.raises(AssertionError):
-        driver.scheduler.check_integrity()
-    values[1] -= 1
-    driver.run()
-
-
-@pytest.mark.parametrize("lost", ["a row", "a prompt", "a stop id"])
-def test_the_integrity_check_finds_what_is_lost(lost: str) -> None:
-    driver = Driver(num_blocks=40, depth=1, budget=6)
-    driver.scheduler.add(request(0, [1, 2], 20, [96]))
-    driver.scheduler.add(request(1, list(range(30)), 20))
-    for _ in range(3):
-        driver.step()
-    driver.scheduler.check_integrity()
-    match lost:
-        case "a row":
-            driver.scheduler._decoding.remove(driver.scheduler.running[0])
-        case "a prompt":
-            driver.scheduler._prefilling.clear()
-        case "a stop id":
-            driver.scheduler._stop_ids.clear()
-    with pytest.raises(AssertionError):
-        driver.scheduler.check_integrity()
