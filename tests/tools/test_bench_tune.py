@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -133,6 +134,15 @@ def test_every_product_of_a_model_is_searched_at_its_size(shape: str) -> None:
     for kernel in KERNELS:
         steps = [task.max_rows for task in tasks if task.kernel == kernel]
         assert set(steps) == {max_rows for max_rows, _ in SEARCHES[kernel].rows}
+
+
+def test_the_jit_functions_of_each_kernel_exist() -> None:
+    pytest.importorskip("triton")
+    assert tune_cases.JITTED.keys() == tune_cases.PRODUCTS.keys() == KERNELS.keys()
+    for names in tune_cases.JITTED.values():
+        for name in names:
+            module, _, function = name.partition(".")
+            assert callable(getattr(importlib.import_module(f"tritonmind.kernels.{module}"), function))
 
 
 TINY = Setting(SHAPES["tiny"], torch.float32, torch.device("cpu"))

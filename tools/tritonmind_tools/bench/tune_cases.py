@@ -24,6 +24,13 @@ from tritonmind_tools.bench import kernel_cases
 from tritonmind_tools.bench.kernel_cases import Case, Point, Setting
 from tritonmind_tools.bench.timing import seconds_per_call
 
+# The jit functions behind a kernel's tiles.
+JITTED = {
+    "linear": ("triton_linear._linear_kernel",),
+    "gate_up": ("triton_linear._gate_up_kernel",),
+    "decode_attention": ("triton_decode_attention._decode_kernel",),
+    "prefill_attention": ("triton_prefill_attention._prefill_kernel", "gluon_prefill_attention._long_prefill_kernel"),
+}
 # Context of decoding sequences: few are timed with long ones, many with what fits beside each other.
 FEW_SEQS, LONG_CONTEXT, CONTEXT = 8, 2048, 512
 # Bytes a thread may put aside, see tests/kernels/test_compile.py.
@@ -190,7 +197,7 @@ def compile_tile(task: Task, tile: Tile) -> bool:
 @functools.cache
 def _stack_bytes(task: Task, tile: Tile) -> float:
     """Of the task's kernel, launched for one row or sequence; infinite where the tile is refused."""
-    work = case(_setting, task, Point(1, 1, CONTEXT))
+    work, before = case(_setting, task, Point(1, 1, CONTEXT)), _variants(task.kernel)
     try:
         with tuning.forced(task.kernel, tile), torch.inference_mode():
             work.make()()
@@ -201,12 +208,19 @@ def _stack_bytes(task: Task, tile: Tile) -> float:
         return math.inf
     finally:
         torch.cuda.empty_cache()
-    modules = {"linear": "linear", "gate_up": "linear"}
-    module = importlib.import_module(f"tritonmind.kernels.triton_{modules.get(task.kernel, task.kernel)}")
-    jitted: Any = getattr(module, f"_{task.kernel.removesuffix('_attention')}_kernel")
-    # This call's is the variant that came last.
-    *_, compiled = jitted.device_caches[torch.cuda.current_device()][0].values()
-    return WORD * compiled.n_spills
+    # None is new where the kernel does without the setting in which this tile differs from one before.
+    return max((WORD * found.n_spills for key, found in _variants(task.kernel).items() if key not in before), default=0)
+
+
+def _variants(kernel: str) -> dict[tuple[str, object], Any]:
+    """What this process has compiled of a kernel."""
+    found = {}
+    for name in JITTED[kernel]:
+        module, _, function = name.partition(".")
+        jitted = getattr(importlib.import_module(f"{kernels.__name__}.{module}"), function)
+        compiled = jitted.device_caches[torch.cuda.current_device()][0]
+        found.update({(name, key): variant for key, variant in compiled.items()})
+    return found
 
 
 _setting: Setting
