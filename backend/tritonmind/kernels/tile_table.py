@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 UNLIMITED = 1 << 62
+FEW_SEQS = 4
 MIN_ROWS = 16  # of the smallest tile that the tensor cores take
 # From this capability on the tensor cores read their operands from shared memory, which leaves registers free.
 WARP_GROUP_PRODUCTS = (9, 0)
@@ -94,7 +95,8 @@ def _gate_up(card: Card, sizes: Sizes) -> Ladder:
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
     stages = 5 if card.capability in LARGE_SHARED_MEMORY and sizes["itemsize"] < 4 else _attention_stages(sizes)
     tile = Tile(block_n=_tile_tokens(sizes), programs_per_sm=2, num_warps=2, num_stages=stages)
-    return (Step(UNLIMITED, tile),)
+    # Few sequences wait for the latency of their tiles, which shorter pieces have fewer of.
+    return Step(FEW_SEQS, tile._replace(programs_per_sm=4)), Step(UNLIMITED, tile)
 
 
 def _prefill_attention(card: Card, sizes: Sizes) -> Ladder:

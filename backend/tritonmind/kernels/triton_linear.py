@@ -93,9 +93,9 @@ def _linear_kernel(
         weight = _load_weight(weights + start, start + k, K, EVEN_K)
         # fp32 must not become tf32: the fp32 path is the exact one.
         acc = tl.dot(weight, _load_x(xs + start, start + k, row_inside, K, EVEN_K), acc, input_precision="ieee")
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + feature, mask=(feature < N) & (split == 0), other=0.0)
-        acc += bias.to(tl.float32)[:, None]
+    if bias_ptr is not None:  # noqa: SIM102 - known when it compiles, the other when it runs
+        if split == 0:
+            acc += tl.load(bias_ptr + feature, mask=feature < N, other=0.0).to(tl.float32)[:, None]
     row += split * num_rows
     inside = (feature < N)[:, None] & row_inside[None, :]
     out = out_ptr + row.to(tl.int64)[None, :] * N + feature[:, None]
