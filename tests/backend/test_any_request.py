@@ -42,8 +42,9 @@ GOOD = {"text_input": np.array([b"The capital"], dtype=np.object_), "temperature
 class WireClient(ThreadEngineClient):
     """The engine in a thread, whose messages are encoded as if it were in a process of its own."""
 
-    def _send(self, message: ToEngine) -> None:
-        super()._send(msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToEngine))
+    def _send(self, *messages: ToEngine) -> None:
+        wire = [msgspec.msgpack.encode(message) for message in messages]
+        super()._send(*(msgspec.msgpack.decode(message, type=ToEngine) for message in wire))
 
 
 class Served:

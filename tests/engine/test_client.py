@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -301,3 +302,20 @@ def test_n_requests_are_taken_all_or_none(workspace: Path) -> None:
         assert answer(client, [6], 3)[1].finish_reason == "length", "there is room for one"
     finally:
         client.shutdown()
+
+
+def test_requests_submitted_together_meet_in_one_step(
+    own_process: ProcessEngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to encode them."""
+
+    class SlowEncoder:
+        def encode(self, message: object) -> bytes:
+            time.sleep(0.02)
+            return msgspec.msgpack.encode(message)
+
+    monkeypatch.setattr(own_process, "_encoder", SlowEncoder())
+    outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+    own_process.submit_all([request(own_process, [5 + number] * 40, 1) for number in range(8)], outputs.put)
+    assert len({next_output(outputs).request_id for _ in range(8)}) == 8
+    assert own_process.stats().num_steps == 1

@@ -80,7 +80,7 @@ class EngineClient(ABC):
         self.submit_all([request], on_output)
 
     def submit_all(self, requests: Sequence[EngineRequest], on_output: OnOutput) -> None:
-        """Send the requests for the n answers to one prompt, all or none.
+        """Send requests, all or none, at once: no step of the engine comes between them.
 
         UnavailableError if the engine cannot take them now, InvalidRequestError if its queue is too short for them.
         """
@@ -97,10 +97,9 @@ class EngineClient(ABC):
                     f"the queue is full: {len(self._live)} requests are live, {running} may run and "
                     f"max_queue_size={queued} wait; try again later"
                 )
-            for request in requests:
-                assert request.request_id not in self._live
-                self._send(request)
-                self._live[request.request_id] = on_output
+            assert not any(request.request_id in self._live for request in requests)
+            self._send(*requests)
+            self._live |= dict.fromkeys((request.request_id for request in requests), on_output)
 
     def stream(self, request: EngineRequest) -> Iterator[TokenOutput]:
         """Submit and yield the outputs as they come, the last one included. Leaving early aborts the request."""
@@ -166,8 +165,11 @@ class EngineClient(ABC):
         self._stop(max(0.0, deadline - time.monotonic()))
 
     @abstractmethod
-    def _send(self, message: ToEngine) -> None:
-        """Hand a message to the engine without waiting. Called with the lock held. UnavailableError if it is gone."""
+    def _send(self, *messages: ToEngine) -> None:
+        """Hand messages to the engine, all or none, which takes them between two steps. Never waits.
+
+        Called with the lock held. UnavailableError if the engine is gone.
+        """
 
     @abstractmethod
     def _stop(self, timeout: float) -> None:

@@ -51,7 +51,7 @@ def main() -> int:
     def receive(timeout_s: float) -> list[ToEngine]:
         messages: list[ToEngine] = []
         while inbox.poll(0 if messages else int(timeout_s * 1000)):
-            messages.append(decoder.decode(inbox.recv()))
+            messages += map(decoder.decode, inbox.recv_multipart())
         return messages
 
     def send(message: FromEngine) -> None:

@@ -60,10 +60,10 @@ class ProcessEngineClient(EngineClient):
         """The engine's process id."""
         return self._process.pid
 
-    def _send(self, message: ToEngine) -> None:
+    def _send(self, *messages: ToEngine) -> None:
         # Without a peer a PUSH socket would block, and we hold the lock that reporting the engine's end needs.
         try:
-            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._outbox.send_multipart([self._encoder.encode(message) for message in messages], zmq.NOBLOCK)
         except zmq.Again:
             raise UnavailableError("the engine's process is gone") from None
 

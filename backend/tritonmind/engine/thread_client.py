@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tritonmind.engine.client import EngineClient
 from tritonmind.engine.core import EngineCore
@@ -19,7 +19,7 @@ class ThreadEngineClient(EngineClient):
 
     def __init__(self, model_path: str, overrides: Mapping[str, object]) -> None:
         super().__init__()
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[ToEngine]] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(model_path, dict(overrides)), daemon=True, name="engine"
         )
@@ -39,14 +39,14 @@ class ThreadEngineClient(EngineClient):
     def _take(self, timeout_s: float) -> list[ToEngine]:
         messages: list[ToEngine] = []
         try:
-            messages.append(self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get_nowait())
+            messages += self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get_nowait()
             while True:
-                messages.append(self._inbox.get_nowait())
+                messages += self._inbox.get_nowait()
         except queue.Empty:
             return messages
 
-    def _send(self, message: ToEngine) -> None:
-        self._inbox.put(message)
+    def _send(self, *messages: ToEngine) -> None:
+        self._inbox.put(messages)
 
     def _stop(self, timeout: float) -> None:
         if threading.current_thread() is not self._thread:

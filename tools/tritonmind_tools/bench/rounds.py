@@ -114,8 +114,7 @@ def run_round(client: EngineClient, model: ModelConfig, lengths: Lengths, *, see
     arrivals = _Arrivals([request.request_id for request in requests])
     before = client.stats()
     started = time.perf_counter()
-    for request in requests:
-        client.submit(request, arrivals.take)
+    client.submit_all(requests, arrivals.take)
     arrivals.ended.wait()
     if arrivals.error:
         raise UnavailableError(f"the engine failed during the measurement: {arrivals.error}")
