@@ -114,8 +114,7 @@ class InputsExecutor:
         for number, row in enumerate(sampling_rows):
             sampler.token_ids[number] = answers[row]
             sampler.last_token_ids[slots[number]] = answers[row]
-        token_ids, _ = self._builder.finish(step)
-        return FakeHandle(token_ids.tolist())
+        return FakeHandle(self._builder.finish(step).wait())
 
     def _forward(self, inputs: ModelInputs) -> dict[int, int]:
         """Write the "K and V" of all tokens, then say for the last token of each sequence what follows it."""

@@ -44,9 +44,12 @@ def test_a_replay_with_padding_equals_the_step(runner: ModelRunner, num_padding:
     # Once more as a graph would: the same staged step, which must not have changed, in a larger bucket.
     runner._sampler.last_token_ids[torch.tensor([seq.slot for seq in seqs[:2]])] = _inputs_of(runner, 2)
     runner.logits.fill_(float("nan"))
-    runner._decode(5 + num_padding, 200)
+    last_token_ids = runner._sampler.last_token_ids
+    last_token_ids[5:] = 11  # of slots that the step has no rows of
+    runner._decode_greedily(5 + num_padding, 200)
     assert_close(runner.logits[:5], expected)
-    assert runner.logits[:5].argmax(1).tolist() == drawn
+    assert runner.logits[:5].argmax(1).tolist() == runner._sampler.token_ids[:5].tolist() == drawn
+    assert last_token_ids.tolist() == drawn + [11] * 3, "a slot has another's draw, or padding drew"
     assert runner.logits[: 5 + num_padding].isfinite().all(), "padding read what nobody wrote"
     for cache, (k, v) in zip(runner.kv_caches, written, strict=True):
         assert_close(cache.k, k)

@@ -33,6 +33,7 @@ EXTRAS: dict[str, Any] = {
     "num_logprobs": 3,
     "num_prompt_logprobs": 2,
 }
+EDITS = {"logit_bias": [(7, 4.0)], "bad_words": [[6], [8, 9]]}
 SAMPLING = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
 
 
@@ -81,9 +82,9 @@ def run(runner: ModelRunner, output: SchedulerOutput) -> tuple[torch.Tensor, lis
 
 
 @pytest.mark.parametrize("num_decodes", [1, 3, 8, 11])
-@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("options", [{}, SAMPLING, EDITS], ids=["greedy", "sampling", "edits"])
 def test_graph_replay_equals_eager(
-    runner: ModelRunner, eager: ModelRunner, num_decodes: int, options: dict[str, float]
+    runner: ModelRunner, eager: ModelRunner, num_decodes: int, options: dict[str, Any]
 ) -> None:
     """Batch sizes on and between the buckets, after a larger batch has left its rows behind."""
     run(runner, decode(sequences([90] * MAX_NUM_SEQS, NUM_BLOCKS)))
@@ -97,7 +98,7 @@ def test_graph_replay_equals_eager(
     for row, token_id, other in zip(range(num_decodes), token_ids, expected_ids, strict=True):
         if torch.equal(replayed[row], expected[row]):
             assert token_id == other
-        if not options:
+        if options is not SAMPLING:
             assert replayed[row, token_id] == replayed[row].max() and expected[row, other] == expected[row].max()
 
 
@@ -109,7 +110,8 @@ def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts
     output = decode(seqs[:6])
     if with_prompts:
         output = SchedulerOutput(output.decodes, prefill(seqs[6:], 17))
-    together, _ = run(runner, output)
+    together, token_ids = run(runner, output)
+    assert all(logits[token_id] == logits.max() for logits, token_id in zip(together, token_ids, strict=True))
     for row, item in enumerate(output.items):
         with torch.inference_mode():
             for cache, (k, v) in zip(runner.kv_caches, before, strict=True):

@@ -67,7 +67,7 @@ class Harness:
         self.sampler.stage(head)
         self.staging.send_head()
         self.sampler.sample(logits, greedy=greedy)
-        return self.staging.finish(self.sampler.token_ids, len(slots))[0].tolist()
+        return self.staging.finish(self.sampler.token_ids, len(slots)).wait()
 
 
 def expected_token(logits: torch.Tensor, seq: Sequence, position: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritonmind.engine.staging import StepStaging
+from tritonmind.engine.staging import NUM_BUFFERS, StepStaging
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -41,11 +41,9 @@ def test_a_step_of_decodes_sends_its_head_and_gets_its_draw(device: str) -> None
         for want, got in zip(expected, staging.device_head, strict=True):
             assert np.array_equal(got.cpu().numpy(), want)
         drawn = torch.arange(7, device=device) + round_number
-        token_ids, event = staging.finish(drawn, 5)
-        if event is not None:
-            event.synchronize()
-        drawn.fill_(-1)
-        assert token_ids.tolist() == [round_number + row for row in range(5)], "the next step's draw came through"
+        draw = staging.finish(drawn, 5)
+        drawn.fill_(-1)  # in the order of the stream
+        assert draw.wait() == [round_number + row for row in range(5)], "the next step's draw came through"
 
 
 def test_a_step_that_is_not_finished_is_our_mistake() -> None:
@@ -64,6 +62,36 @@ def test_padding_is_reset() -> None:
         for part in head:
             part[...] = 5
         staging.finish(torch.zeros(4, dtype=torch.int64), 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_of_the_same_members_goes_on_where_theirs_left_off(device: str) -> None:
+    """Each buffer for itself; what others had in between is not taken for theirs."""
+    staging = StepStaging(max_num_seqs=4, max_num_tokens=8, max_table_writes=4, device=torch.device(device))
+    drawn = torch.zeros(4, dtype=torch.int64, device=device)
+    num_buffers = 1 if device == "cpu" else NUM_BUFFERS
+    members, others = object(), object()
+    for number in range(num_buffers):
+        assert staging.resume(members) is None
+        staging.begin(members).seq_slots[:] = 10 + number
+        staging.finish(drawn, 0)
+    for number in range(num_buffers):
+        head = staging.resume(members)
+        assert head is not None and (head.seq_slots == 10 + number).all()
+        staging.finish(drawn, 0)
+    for other in (others, None):
+        assert staging.resume(others) is None
+        staging.begin(*([] if other is None else [other]))
+        staging.finish(drawn, 0)
+        for _ in range(num_buffers - 1):
+            assert staging.resume(members) is not None
+            staging.finish(drawn, 0)
+        assert staging.resume(members) is None
+        staging.begin(members)
+        staging.finish(drawn, 0)
+        for _ in range(num_buffers - 1):
+            assert staging.resume(members) is not None
+            staging.finish(drawn, 0)
 
 
 def test_a_step_beyond_its_limits_is_our_mistake() -> None:

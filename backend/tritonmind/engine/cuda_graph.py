@@ -1,4 +1,4 @@
-"""CUDA graphs by bucket of batch sizes, so that a step of decodes costs the host one launch, and its sampling another.
+"""CUDA graphs by bucket of batch sizes, so that a step of decodes costs the host one launch or, with its draw, two.
 
 A step of n decodes runs in the smallest bucket of at least n rows. The rows beyond n are padding: they write no K and V
 (slot -1), attend to nothing (context length 0), and nothing is drawn for them.

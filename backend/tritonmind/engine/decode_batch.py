@@ -1,8 +1,8 @@
 """The sequences that decode, as columns: a step takes a token of each, at a cost that hardly grows with their number.
 
 Between two steps every column advances by the same rule, so what a step does one by one is only for the sequences that
-join, leave, or come to the end of a page. Rows keep their order but for the last one, which fills the place of one that
-leaves.
+join, leave, or come to the end of a page; while there are none of these, all that changes is the position. Rows keep
+their order but for the last one, which fills the place of one that leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ NO_BLOCK = -1
 
 
 class DecodeRows(NamedTuple):
-    """What one step computes of these sequences: one token each, after which it draws the next. Not to be changed."""
+    """What one step computes of these sequences: one token each, after which it draws the next. Not to be changed.
 
+    While rows stay the same and none is fresh, `slots` is the same object from step to step.
+    """
+
+    starts: np.ndarray  # [n] int32, position of the token
     seqs: list[Sequence]
     request_ids: list[int]
     slots: np.ndarray  # [n] int32
-    starts: np.ndarray  # [n] int32, position of the token
     token_ids: np.ndarray  # [n] int32, FROM_DEVICE for all but the rows in `fresh`
     new_blocks: np.ndarray  # [n] int32, the block that the token is the first one of; NO_BLOCK: it has had one before
     fresh: list[int]  # rows that draw for the first time since their sequence was admitted
@@ -40,11 +43,15 @@ class DecodeBatch:
         self._block_size = block_size
         self._seqs: list[Sequence] = []
         self._request_ids: list[int] = []
-        self._columns = np.zeros((6, max_num_seqs), dtype=np.int32)
+        self._columns = np.zeros((7, max_num_seqs), dtype=np.int32)
         self._slots, self._starts, self._token_ids, self._new_blocks = self._columns[:4]
-        self._capacities, self._last_starts = self._columns[4:]
+        self._capacities, self._last_starts = self._columns[4:6]
+        self._marks = self._columns[6]  # the start at which a row comes to the end of its block, or to its last one
         self._num_fresh = 0
         self._num_growing = 0
+        # While rows stay the same and none is fresh: all that a step in which nothing is special has but `starts`.
+        self._quiet_rows: DecodeRows | None = None
+        self._num_quiet = 0  # so many takes come before one that fills a block or ends a sequence, as far as is known
         self._full: list[Sequence] = []  # those whose next token lies beyond their blocks, and some that have left
 
     def __len__(self) -> int:
@@ -70,7 +77,10 @@ class DecodeBatch:
         token_id = FROM_DEVICE if seq.has_drawn else seq.token_ids[start]
         self._num_fresh += not seq.has_drawn
         capacity = len(seq.block_table) * self._block_size
-        self._columns[:, row] = seq.slot, start, token_id, NO_BLOCK, capacity, max_num_tokens - 2
+        last_start = max_num_tokens - 2
+        mark = min(capacity - 1, last_start)
+        self._columns[:, row] = seq.slot, start, token_id, NO_BLOCK, capacity, last_start, mark
+        self._quiet_rows, self._num_quiet = None, 0
         if start == capacity:
             self._full.append(seq)
 
@@ -89,6 +99,7 @@ class DecodeBatch:
         self._seqs.pop()
         self._request_ids.pop()
         seq.row = -1
+        self._quiet_rows, self._num_quiet = None, 0
 
     def without_block(self) -> list[Sequence]:
         """Those whose next token lies beyond their blocks: `add_block` must follow, or `remove`."""
@@ -100,52 +111,86 @@ class DecodeBatch:
         assert self._starts[row] == self._capacities[row]
         self._new_blocks[row] = seq.block_table[-1]
         self._capacities[row] += self._block_size
+        self._marks[row] = min(self._capacities[row] - 1, self._last_starts[row])
         self._num_growing += 1
+        self._num_quiet = 0
 
     def take(self) -> DecodeRows:
         """The next token of each. Those that may have no further one leave."""
-        num_rows = len(self._seqs)
-        columns = self._columns[:4, :num_rows].copy()
-        slots, starts, token_ids, new_blocks = columns
-        next_starts = self._starts[:num_rows]
-        next_starts += 1
-        rows = DecodeRows(
-            seqs=list(self._seqs),
-            request_ids=list(self._request_ids),
-            slots=slots,
-            starts=starts,
-            token_ids=token_ids,
-            new_blocks=new_blocks,
-            fresh=_rows_of(token_ids != FROM_DEVICE) if self._num_fresh else [],
-            growing=_rows_of(new_blocks != NO_BLOCK) if self._num_growing else [],
-            # Blocks are allotted one at a time: where they end, the block of the token ends.
-            filling=_rows_of(next_starts == self._capacities[:num_rows]),
-            ending=_rows_of(starts == self._last_starts[:num_rows]),
-        )
+        positions = self._starts[: len(self._seqs)]
+        starts = positions.copy()
+        positions += 1
+        if self._num_quiet:
+            assert self._quiet_rows is not None
+            self._num_quiet -= 1
+            return DecodeRows(starts, *self._quiet_rows[1:])
+        rows = self._marked(starts)
         self._full = [rows.seqs[row] for row in rows.filling]
-        for row in rows.fresh:
-            rows.seqs[row].has_drawn = True
+        if not rows.filling and not rows.ending and len(starts):
+            self._num_quiet = int((self._marks[: len(starts)] - positions).min())
         if rows.fresh:
-            self._token_ids[:num_rows] = FROM_DEVICE
+            for row in rows.fresh:
+                rows.seqs[row].has_drawn = True
+            self._token_ids[: len(starts)] = FROM_DEVICE
+            self._quiet_rows, self._num_quiet = None, 0
         if rows.growing:
-            self._new_blocks[:num_rows] = NO_BLOCK
+            self._new_blocks[: len(starts)] = NO_BLOCK
         self._num_fresh = self._num_growing = 0
         for row in rows.ending:
             self.remove(rows.seqs[row])
         return rows
 
+    def _marked(self, starts: np.ndarray) -> DecodeRows:
+        """The rows at these starts, and what is special about some of them."""
+        num_rows = len(starts)
+        if self._quiet_rows is None:
+            self._quiet_rows = DecodeRows(
+                starts=starts,
+                seqs=list(self._seqs),
+                request_ids=list(self._request_ids),
+                slots=self._slots[:num_rows].copy(),
+                token_ids=self._token_ids[:num_rows].copy(),
+                new_blocks=np.full(num_rows, NO_BLOCK, dtype=np.int32),
+                fresh=[],
+                growing=[],
+                filling=[],
+                ending=[],
+            )
+        rows = DecodeRows(starts, *self._quiet_rows[1:])
+        marked = _rows_of(starts == self._marks[:num_rows])
+        if not (marked or self._num_fresh or self._num_growing):
+            return rows
+        new_blocks = self._new_blocks[:num_rows].copy() if self._num_growing else rows.new_blocks
+        return rows._replace(
+            new_blocks=new_blocks,
+            fresh=_rows_of(rows.token_ids != FROM_DEVICE) if self._num_fresh else [],
+            growing=_rows_of(new_blocks != NO_BLOCK) if self._num_growing else [],
+            # Blocks are allotted one at a time: where they end, the block of the token ends.
+            filling=[row for row in marked if starts[row] + 1 == self._capacities[row]],
+            ending=[row for row in marked if starts[row] == self._last_starts[row]],
+        )
+
     def check_integrity(self, max_num_tokens: Callable[[Sequence], int]) -> None:
         """Re-derive the columns from the sequences and their limits; AssertionError where they differ."""
         assert self._request_ids == [seq.request_id for seq in self._seqs], "request ids are not those of the rows"
         assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs) and not self._num_growing
+        assert self._quiet_rows is not None or not self._num_quiet
+        if self._quiet_rows is not None:
+            _, seqs, request_ids, slots, token_ids, new_blocks, *special = self._quiet_rows
+            assert not any(special), "what is special about a step is in others too"
+            assert seqs == self._seqs and request_ids == self._request_ids, "rows changed behind what steps share"
+            assert slots.tolist() == [seq.slot for seq in seqs] and not self._num_fresh
+            assert (token_ids == FROM_DEVICE).all() and (new_blocks == NO_BLOCK).all(), "steps share what is of one"
         for row, seq in enumerate(self._seqs):
             where = f"{seq.request_id} in row {row}"
-            slot, start, token_id, new_block, capacity, last_start = self._columns[:, row].tolist()
+            slot, start, token_id, new_block, capacity, last_start, mark = self._columns[:, row].tolist()
             assert seq.row == row and seq.slot == slot, f"{where}: row or slot is another's"
             assert start <= last_start == max_num_tokens(seq) - 2, f"{where}: decodes to another length than its own"
             assert capacity == len(seq.block_table) * self._block_size, f"{where}: blocks are not counted"
             assert start < capacity or (start == capacity and seq in self._full), f"{where}: lacks a block"
             assert capacity - start <= self._block_size and new_block == NO_BLOCK
+            assert mark == min(capacity - 1, last_start), f"{where}: its next mark is another"
+            assert not self._num_quiet or start + self._num_quiet <= mark, f"{where}: a mark would be passed over"
             assert token_id == (FROM_DEVICE if seq.has_drawn else seq.token_ids[start]), f"{where}: wrong token"
 
 

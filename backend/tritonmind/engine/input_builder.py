@@ -15,7 +15,7 @@ from tritonmind.config import EngineConfig
 from tritonmind.engine.decode_batch import DecodeRows
 from tritonmind.engine.sampler import DRAWS, Sampler
 from tritonmind.engine.scheduler import SchedulerOutput
-from tritonmind.engine.staging import StepStaging, Tail
+from tritonmind.engine.staging import HostHead, PendingDraw, StepStaging, Tail
 from tritonmind.kernels import DecodeInputs, TokenInputs, prepare_decodes, prepare_tokens, write_block_tables
 from tritonmind.model_inputs import AttentionMetadata, ModelInputs
 from tritonmind.sequence import Sequence
@@ -55,6 +55,7 @@ class InputBuilder:
         self.sampler = Sampler(self._head, vocab_size=config.model.vocab_size, max_num_seqs=max_num_seqs)
         self._num_table_blocks = np.zeros(max_num_seqs, dtype=np.int32)  # how much of each slot's row is up to date
         self._admissions = [-1] * max_num_seqs  # whose slot it is
+        self._wishes: tuple[np.ndarray | None, int] = (None, 0)  # of the last slots that decoded
         self._is_cpu = device.type == "cpu"
         self._block_tables = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         self._row_tables = torch.zeros_like(self._block_tables)  # by row of the step, for the graphs
@@ -68,23 +69,24 @@ class InputBuilder:
         """Send a step."""
         return self._stage_mixed(output) if output.prefills else self._stage_decodes(output.decodes)
 
-    def finish(self, step: Step) -> tuple[np.ndarray, torch.cuda.Event | None]:
-        """Send what the step has drawn back: where it will be, and the event after which it is there; see staging."""
+    def finish(self, step: Step) -> PendingDraw:
+        """Send what the step has drawn back to the host."""
         return self._staging.finish(self.sampler.token_ids, step.num_samples)
 
     def _stage_decodes(self, rows: DecodeRows) -> Step:
         """A step of decodes only: all in the head, at the same addresses each time, to be completed by a graph."""
         num_rows, slots = len(rows.seqs), rows.slots
-        contexts = rows.starts + 1
         indices, blocks = self._admit_rows(rows)
-        head = self._staging.begin()
-        head.context_lens[:num_rows] = contexts
-        head.seq_slots[:num_rows] = slots
-        head.sample_slots[:num_rows] = slots
-        head.sample_positions[:num_rows] = contexts
-        head.token_ids[:num_rows] = rows.token_ids
+        if self._wishes[0] is not slots:
+            self._wishes = slots, self.sampler.wishes(slots)
+        wishes = self._wishes[1]
+        head = self._staging.resume(slots)
+        if head is None:
+            head = self._begin_decodes(rows)
+        contexts = np.add(rows.starts, 1, out=head.context_lens[:num_rows])
         head.new_blocks[:num_rows] = rows.new_blocks
-        self.sampler.stage(head)
+        if wishes & DRAWS:  # nothing else reads it
+            head.sample_positions[:num_rows] = contexts
         if indices:
             self._send_tables(indices, blocks)
         else:
@@ -96,8 +98,17 @@ class InputBuilder:
             num_samples=num_rows,
             max_query_len=0,
             max_context_len=int(contexts.max()) if self._is_cpu else 0,
-            wishes=self.sampler.wishes(slots),
+            wishes=wishes,
         )
+
+    def _begin_decodes(self, rows: DecodeRows) -> HostHead:
+        """A head with what does not change from step to step of the same rows."""
+        head, num_rows = self._staging.begin(rows.slots), len(rows.seqs)
+        head.seq_slots[:num_rows] = rows.slots
+        head.sample_slots[:num_rows] = rows.slots
+        head.token_ids[:num_rows] = rows.token_ids
+        self.sampler.stage(head)
+        return head
 
     def _stage_mixed(self, output: SchedulerOutput) -> Step:
         rows, prefills = output

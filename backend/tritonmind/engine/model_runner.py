@@ -6,12 +6,10 @@ seen it.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig
@@ -30,6 +28,7 @@ from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.staging import PendingDraw
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import attention_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
@@ -58,29 +57,38 @@ class StepResult(NamedTuple):
     prompt_logprobs: list[list[TokenLogprob]] | None
 
 
+class _Graphs(NamedTuple):
+    """What steps are made of on a GPU: most are one launch.
+
+    decode_greedily: a step of decodes that ask for nothing but the largest logit. decode, draw: the parts of any other,
+    between which its logits may be changed; a draw looks at what each row asks for, which may be the largest logit.
+    """
+
+    decode_greedily: GraphSet
+    decode: GraphSet
+    draw: GraphSet
+
+
 class StepHandle:
     """A launched step."""
 
     def __init__(
         self,
-        token_ids: np.ndarray,
-        event: torch.cuda.Event | None,
+        token_ids: PendingDraw,
         draws: logprobs.PendingLogprobs | None = None,
         prompts: list[list[logprobs.PendingLogprobs]] | None = None,
     ) -> None:
         self._token_ids = token_ids
-        self._event = event
         self._draws = draws
         self._prompts = prompts
 
     def wait(self) -> StepResult:
         """Block until the step's results are on the host; later steps go on."""
-        if self._event is not None:
-            self._event.synchronize()
+        token_ids = self._token_ids.wait()
         prompts = None
         if self._prompts is not None:
             prompts = [[row for part in parts for row in part.take() if row is not None] for parts in self._prompts]
-        return StepResult(self._token_ids.tolist(), None if self._draws is None else self._draws.take(), prompts)
+        return StepResult(token_ids, None if self._draws is None else self._draws.take(), prompts)
 
 
 class ModelRunner:
@@ -117,8 +125,7 @@ class ModelRunner:
         self._buckets = batch_buckets(max_num_seqs)
         self.kv_caches: list[kv_cache.KVCache] = []
         self.memory_plan: kv_cache.MemoryPlan
-        self._decode_graphs: GraphSet | None = None
-        self._sampler_graphs: dict[bool, GraphSet] = {}
+        self._graphs: _Graphs | None = None
         self._graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.jit_alarm = JitAlarm()
         self.jit_alarm.disarm(self.device)
@@ -129,6 +136,12 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> StepHandle:
         """Launch one step and return without waiting for it. At most NUM_BUFFERS - 1 handles may be unread before."""
         step = self._builder.stage(output)
+        if not (step.num_prefills or step.wishes):
+            if self._graphs is not None:
+                self._graphs.decode_greedily.replay(bucket_of(self._buckets, step.num_decodes))
+            else:
+                self._decode_greedily(step.num_decodes, step.max_context_len)
+            return StepHandle(self._builder.finish(step))
         hidden = self._forward(step)
         prompts = None
         if hidden is not None:
@@ -138,9 +151,8 @@ class ModelRunner:
             draws = self._edit_and_sample(step, [item for item in output.items if item.samples])
         elif step.num_samples:
             self._sample(step)
-        # Last, because its event says that all that the step sends is on the host.
-        token_ids, event = self._builder.finish(step)
-        return StepHandle(token_ids, event, draws, prompts)
+        # Last, because to wait for it is to know that all that the step sends is on the host.
+        return StepHandle(self._builder.finish(step), draws, prompts)
 
     def _edit_and_sample(self, step: Step, sampling: list[ScheduledSequence]) -> logprobs.PendingLogprobs | None:
         """Change the logits as the requests say, and draw. Log-probabilities are those of the model all the same."""
@@ -158,8 +170,8 @@ class ModelRunner:
     def _forward(self, step: Step) -> HiddenStates | None:
         """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none."""
         if not step.num_prefills:
-            if self._decode_graphs is not None:
-                self._decode_graphs.replay(bucket_of(self._buckets, step.num_decodes))
+            if self._graphs is not None:
+                self._graphs.decode.replay(bucket_of(self._buckets, step.num_decodes))
             else:
                 self._decode(step.num_decodes, step.max_context_len)
             return None
@@ -176,11 +188,15 @@ class ModelRunner:
 
     def _sample(self, step: Step) -> None:
         """Draw for the step's sampling rows, into the sampler's token_ids."""
-        graphs = self._sampler_graphs.get(step.greedy)
-        if graphs is None:
+        if self._graphs is None:
             self._sampler.sample(self.logits[: step.num_samples], greedy=step.greedy)
         else:
-            graphs.replay(bucket_of(self._buckets, step.num_samples))
+            self._graphs.draw.replay(bucket_of(self._buckets, step.num_samples))
+
+    def _decode_greedily(self, num_rows: int, max_context_len: int = 0) -> None:
+        """A whole step of decodes that ask for nothing but the largest logit."""
+        self._decode(num_rows, max_context_len)
+        self._sampler.sample(self.logits[:num_rows], greedy=True)
 
     def _get_ready(self) -> None:
         """Size and allocate the cache; on a GPU also run every variant of every kernel once and capture the graphs."""
@@ -275,20 +291,16 @@ class ModelRunner:
         del hidden
 
     def _capture(self) -> None:
-        """Capture decoding and both ways of sampling, in one memory pool."""
+        """Capture whole steps of greedy decodes, and the parts of others, in one memory pool."""
 
-        def draw(num_rows: int, greedy: bool) -> None:
-            self._sampler.sample(self.logits[:num_rows], greedy=greedy)
+        def draw(num_rows: int) -> None:
+            self._sampler.sample(self.logits[:num_rows], greedy=False)
 
         # What the steps before have left must not be computed again, over blocks that may be anyone's.
         self._builder.finish(self._builder.stage_padding(self.config.scheduler.max_num_seqs, []))
-        decode_graphs = GraphSet(self._decode)
-        seconds = decode_graphs.capture(self._buckets, self._graph_pool)
-        for greedy in (True, False):
-            graphs = GraphSet(functools.partial(draw, greedy=greedy))
-            seconds += graphs.capture(self._buckets, self._graph_pool)
-            self._sampler_graphs[greedy] = graphs
-        self._decode_graphs = decode_graphs
+        graphs = _Graphs(GraphSet(self._decode_greedily), GraphSet(self._decode), GraphSet(draw))
+        seconds = sum(graph_set.capture(self._buckets, self._graph_pool) for graph_set in graphs)
+        self._graphs = graphs
         logger.info("%d batch sizes captured as graphs in %.1f s", len(self._buckets), seconds)
 
     def _estimated_activation_bytes(self) -> int:

@@ -127,25 +127,18 @@ class Scheduler:
             self._prefilling.remove(seq)
             self._decode(seq)
         self._grow_decodes()
-        budget = self.config.max_num_batched_tokens - len(self._decoding)
-        step_size = self.config.max_num_batched_tokens
-        long = [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens > step_size]
-        kept = -(-budget // 2) if long else 0
         prefills: list[ScheduledSequence] = []
-        for seq in [seq for seq in self._prefilling if seq not in long]:
-            budget -= self._take_chunk(seq, budget - kept, prefills)
-        if self.num_preemptions == num_preemptions_before:
-            budget -= self._admit(budget - kept, prefills)
-        for seq in long:
-            budget -= self._take_chunk(seq, budget, prefills)
-        output = SchedulerOutput(self._decoding.take(), prefills)
+        if self._prefilling or self.waiting:
+            self._choose_prefills(prefills, may_admit=self.num_preemptions == num_preemptions_before)
+        rows = self._decoding.take()
         for item in prefills:
             if item.samples:
                 item.seq.has_drawn = True
                 self._prefilling.remove(item.seq)
                 if item.seq.num_tokens < self._max_num_tokens(item.seq):
                     self._decode(item.seq)
-        if output.num_tokens:
+        output = SchedulerOutput(rows, prefills)
+        if rows.seqs or prefills:
             self._in_flight.append(_InFlight(output, self._num_ended))
         return output
 
@@ -167,8 +160,12 @@ class Scheduler:
         # One that has ended meanwhile takes it too; nobody looks at its tokens any more.
         for seq, token_id in zip(rows.seqs, sampled_ids, strict=False):
             seq.token_ids.append(token_id)
-        self._commit_full_blocks(rows)
+        if rows.filling:
+            self._commit_full_blocks(rows)
         special = self._special_rows(rows, sampled_ids, logprobs, num_ended)
+        if not special and not output.prefills:
+            assert len(sampled_ids) == num_rows, "sampled ids are not as many as the sampling sequences"
+            return StepOutputs(request_ids=rows.request_ids, token_ids=sampled_ids)
         request_ids, token_ids = rows.request_ids.copy(), sampled_ids[:num_rows]
         outputs = []
         for row in special:
@@ -209,6 +206,19 @@ class Scheduler:
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         self.block_manager.check_integrity(self._live.values())
+
+    def _choose_prefills(self, prefills: list[ScheduledSequence], *, may_admit: bool) -> None:
+        """Chunks of prompts from what the decodes leave of the step's budget, appended to `prefills`."""
+        step_size = self.config.max_num_batched_tokens
+        budget = step_size - len(self._decoding)
+        long = [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens > step_size]
+        kept = -(-budget // 2) if long else 0
+        for seq in [seq for seq in self._prefilling if seq not in long]:
+            budget -= self._take_chunk(seq, budget - kept, prefills)
+        if may_admit:
+            budget -= self._admit(budget - kept, prefills)
+        for seq in long:
+            budget -= self._take_chunk(seq, budget, prefills)
 
     def _admit(self, budget: int, prefills: list[ScheduledSequence]) -> int:
         """Start waiting sequences with chunks of at most `budget` tokens together. Returns how many they take."""
@@ -337,7 +347,7 @@ class Scheduler:
         self, rows: DecodeRows, token_ids: list[int], logprobs: list[TokenLogprob | None] | None, num_ended: int
     ) -> list[int]:
         """The rows of which there is more to say than a token, or nothing at all, in order."""
-        special = {*rows.fresh, *rows.ending}
+        special = {*rows.fresh, *rows.ending}  # most often nothing
         if self._num_ended != num_ended:
             special.update([row for row, seq in enumerate(rows.seqs) if seq.status is SequenceStatus.FINISHED])
         if not self._stop_ids.keys().isdisjoint(token_ids):

@@ -70,7 +70,30 @@ class _Buffer:
     token_ids: torch.Tensor
     host_token_ids: np.ndarray  # the same memory
     event: torch.cuda.Event | None  # after all copies of the step; None on a CPU
+    members: object = None  # what the rows of the head are, as `begin` was told
     is_open: bool = False
+    is_done: bool = True  # the event has been waited for
+
+    def wait(self) -> None:
+        """Block until the device is past the step."""
+        if not self.is_done and self.event is not None:
+            self.event.synchronize()
+        self.is_done = True
+
+
+class PendingDraw:
+    """What a step has drawn, on its way to the host. To be read before as many steps as there are buffers begin."""
+
+    __slots__ = ("_buffer", "_token_ids")
+
+    def __init__(self, token_ids: np.ndarray, buffer: _Buffer) -> None:
+        self._token_ids = token_ids
+        self._buffer = buffer
+
+    def wait(self) -> list[int]:
+        """Block until the draw, and all else that the step sent before, is on the host. By row of the step."""
+        self._buffer.wait()
+        return self._token_ids.tolist()
 
 
 class StepStaging:
@@ -94,36 +117,51 @@ class StepStaging:
         self._device_head_words = self.device_words[: self._head_words]
         num_buffers = 1 if self._is_cpu else NUM_BUFFERS
         self._buffers = [self._make_buffer(max_num_seqs) for _ in range(num_buffers)]
+        # The engine's thread has one stream: to ask for the current one costs as much as to record an event.
+        self._stream = None if self._is_cpu else torch.cuda.current_stream(device)
         self._current = 0
 
-    def begin(self) -> HostHead:
-        """The head of the next step's array, all rows set to padding. Fill it, send the step, and `finish` it."""
+    def begin(self, members: object = None) -> HostHead:
+        """The head of the next step's array, all rows set to padding. Fill it, send the step, and `finish` it.
+
+        members: what the rows are; `resume` finds them again.
+        """
         self._current = (self._current + 1) % len(self._buffers)
         buffer = self._buffers[self._current]
-        assert not buffer.is_open, "a step was begun and never finished"
-        buffer.is_open = True
-        if buffer.event is not None:
-            buffer.event.synchronize()
+        self._open(buffer)
+        buffer.members = members
         head = buffer.head
         head.context_lens.fill(0)
         head.seq_slots.fill(0)
         head.sample_slots.fill(-1)
         return head
 
-    def finish(self, drawn: torch.Tensor, num_rows: int) -> tuple[np.ndarray, torch.cuda.Event | None]:
+    def resume(self, members: object) -> HostHead | None:
+        """`begin`, if the last step of the next array had the same members: its head, as that step left it.
+
+        None: it had others, and nothing is begun.
+        """
+        current = (self._current + 1) % len(self._buffers)
+        buffer = self._buffers[current]
+        if buffer.members is not members:
+            return None
+        self._current = current
+        self._open(buffer)
+        return buffer.head
+
+    def finish(self, drawn: torch.Tensor, num_rows: int) -> PendingDraw:
         """Send what the step has drawn to the host, in the order of the current stream.
 
-        drawn: [max_num_seqs] int64, copied as a whole, which costs no more. Returns where its first rows will be, until
-        as many steps as there are buffers have begun, and the event after which it and all that the step sent before
-        are there; None: it is there.
+        drawn: [max_num_seqs] int64, copied as a whole, which costs no more. Returns its first rows.
         """
         buffer = self._buffers[self._current]
         buffer.is_open = False
         if buffer.event is None:
-            return drawn.numpy()[:num_rows].copy(), None  # the next step overwrites it
+            return PendingDraw(drawn.numpy()[:num_rows].copy(), buffer)  # the next step overwrites it
         buffer.token_ids.copy_(drawn, non_blocking=True)
-        buffer.event.record()
-        return buffer.host_token_ids[:num_rows], buffer.event
+        buffer.event.record(self._stream)
+        buffer.is_done = False
+        return PendingDraw(buffer.host_token_ids[:num_rows], buffer)
 
     def send_head(self) -> None:
         """Copy the head to the device, in the order of the current stream, without waiting."""
@@ -152,6 +190,11 @@ class StepStaging:
         if not self._is_cpu:
             words = self._buffers[self._current].words
             self.device_words[: tail.end].copy_(words[: tail.end], non_blocking=True)
+
+    def _open(self, buffer: _Buffer) -> None:
+        assert not buffer.is_open, "a step was begun and never finished"
+        buffer.is_open = True
+        buffer.wait()
 
     def _make_buffer(self, max_num_seqs: int) -> _Buffer:
         words = self.device_words
