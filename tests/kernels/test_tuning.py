@@ -103,6 +103,8 @@ def test_a_card_without_a_file_has_the_rule(tmp_path: Path, monkeypatch: pytest.
         ({"num_stages": True}, r"linear\[0\]: num_stages=True must be a whole number"),
         ({"num_warps": 32}, r"linear\[0\]: num_warps=32 must be at most 16"),
         ({"prefetch": -1}, r"linear\[0\]: prefetch=-1 must be a whole number of at least 0"),
+        ({"prefetch": 3}, r"linear\[0\]: prefetch=3 must be a power of two"),
+        ({"prefetch": 1, "block_k": 32}, r"linear\[0\]: prefetch=1 of block_k=32 is less than 64 columns"),
         ({"block_q": 16}, r"linear\[0\]: 'block_q' is none of block_k, block_m"),
         ({"library": True}, r"linear\[0\]: 'block_k' is none of k, library, max_rows, n"),
     ],

@@ -120,6 +120,13 @@ def test_a_new_ladder_replaces_its_own_and_no_other() -> None:
     assert [(entry["k"], entry["max_rows"]) for entry in content["kernels"]["linear"]] == [(4096, 64), (11008, 16)]
 
 
+def test_a_search_that_was_cut_short_leaves_the_steps_beyond_it() -> None:
+    before = merged({}, H100.name, "3.6.0", {O_16: pick(LIBRARY), O_64: pick(BEST)})
+    content = merged(before, H100.name, "3.6.0", {O_16: pick(BEST._replace(splits=1))})
+    entries = content["kernels"]["linear"]
+    assert [(entry["max_rows"], entry["splits"]) for entry in entries] == [(16, 1), (64, BEST.splits)]
+
+
 @pytest.mark.parametrize("shape", ["llama-2-7b", "llama-3-8b"])
 def test_every_product_of_a_model_is_searched_at_its_size(shape: str) -> None:
     setting = Setting(SHAPES[shape], torch.float16, torch.device("cpu"))

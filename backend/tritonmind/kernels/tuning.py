@@ -31,6 +31,7 @@ SHIPPED = Path(__file__).parent / "configs"
 MAX_WARPS = 16
 MINIMA = {"block_m": 8, "block_n": 16, "block_k": 16, "prefetch": 0}  # others: 1
 MAX_REMEMBERED = 1 << 16  # answers of `tile`: products of a model times the numbers of rows that steps may have
+LINE_COLUMNS = 64  # of a weight that a prefetch brings at least: 128 bytes
 # No card: what the interpreter and the CPU's twins are given.
 CPU = Card("cpu", (8, 0), 1)
 
@@ -171,6 +172,11 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
         expected = _expected(name, value)
         if expected:
             raise ValueError(f"{where}: {name}={value!r} must be {expected}")
+    if 0 < entry.get("prefetch", 0) * entry.get("block_k", 0) < LINE_COLUMNS:
+        raise ValueError(
+            f"{where}: prefetch={entry['prefetch']} of block_k={entry['block_k']} is less than {LINE_COLUMNS} columns, "
+            "a line of the cache; it must be 0 or more of them"
+        )
     sizes = tuple(entry[name] for name in spec.sizes)
     return sizes, Step(entry["max_rows"], Tile(**{name: entry[name] for name in fields}))
 
@@ -182,7 +188,7 @@ def _expected(name: str, value: Any) -> str | None:
     least = MINIMA.get(name, 1)
     if type(value) is not int or value < least:
         return f"a whole number of at least {least}"
-    if (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+    if (name.startswith("block_") or name in ("num_warps", "prefetch")) and value & (value - 1):
         return "a power of two"
     if name == "num_warps" and value > MAX_WARPS:
         return f"at most {MAX_WARPS}"

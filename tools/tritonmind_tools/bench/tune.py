@@ -181,7 +181,10 @@ def _pick(timed: Mapping[Tile, float]) -> Pick:
 
 
 def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: Mapping[Task, Pick]) -> dict[str, Any]:
-    """The content of a file of tiles: what it held, with new ladders at the sizes that were searched."""
+    """The content of a file of tiles: what it held, with new steps at the sizes that were searched.
+
+    Of an old ladder the steps for more rows than were searched stay: the time may have been over before.
+    """
     from tritonmind.kernels import tuning
     from tritonmind.kernels.tile_table import KERNELS
 
@@ -189,10 +192,14 @@ def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: M
     for kernel, sizes in dict.fromkeys((task.kernel, task.sizes) for task in picks):
         spec = KERNELS[kernel]
         named = dict(zip(spec.sizes, sizes, strict=True))
-        kept = [entry for entry in found.get(kernel, []) if any(entry[name] != named[name] for name in named)]
         steps = sorted(
-            (task.max_rows, pick.tile) for task, pick in picks.items() if task[:1] + task[2:3] == (kernel, sizes)
+            (task.max_rows, pick.tile) for task, pick in picks.items() if (task.kernel, task.sizes) == (kernel, sizes)
         )
+        kept = [
+            entry
+            for entry in found.get(kernel, [])
+            if any(entry[name] != named[name] for name in named) or entry["max_rows"] > steps[-1][0]
+        ]
         for index, (max_rows, tile) in enumerate(steps):
             if index + 1 < len(steps) and steps[index + 1][1] == tile:
                 continue  # the next step says the same
