@@ -147,6 +147,19 @@ def test_cached_tokens_are_counted(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
+def test_the_next_turn_finds_what_was_generated(depth: int) -> None:
+    """All but the last token, which was never computed, as far as it fills blocks."""
+    driver = Driver(num_blocks=20, depth=depth)
+    driver.scheduler.add(request(0, list(range(6)), 15))
+    driver.run()
+    turn = [*range(6), *driver.tokens[0]]
+    driver.scheduler.add(request(1, [*turn, 1, 2], 3))
+    driver.run()
+    assert driver.finals[1].num_cached_tokens == (len(turn) - 1) // BLOCK * BLOCK == 20
+    assert driver.tokens[1] == generate([*turn, 1, 2], 3)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
 def test_abort_of_waiting_running_and_unknown_requests(depth: int) -> None:
     driver = Driver(num_blocks=20, depth=depth, max_num_seqs=1)
     driver.scheduler.add(request(0, [1, 2], 10))

@@ -71,7 +71,8 @@ def test_prompts_come_in_turn_unless_one_is_long() -> None:
 
 
 @pytest.mark.parametrize(
-    "column", ["_slots", "_starts", "_token_ids", "_new_blocks", "_capacities", "_last_starts", "_request_ids"]
+    "column",
+    ["_slots", "_starts", "_token_ids", "_new_blocks", "_capacities", "_last_starts", "_marks", "_request_ids"],
 )
 def test_the_integrity_check_finds_a_wrong_column(column: str) -> None:
     driver = Driver(num_blocks=40, depth=1)
@@ -86,6 +87,34 @@ def test_the_integrity_check_finds_a_wrong_column(column: str) -> None:
         driver.scheduler.check_integrity()
     values[1] -= 1
     driver.run()
+
+
+@pytest.mark.parametrize("shared", ["request_ids", "slots", "token_ids", "new_blocks"])
+def test_the_integrity_check_finds_a_change_in_what_steps_share(shared: str) -> None:
+    driver = _driver_between_marks()
+    rows = driver.scheduler._decoding._quiet_rows
+    assert rows is not None
+    getattr(rows, shared)[0] += 1
+    with pytest.raises(AssertionError):
+        driver.scheduler.check_integrity()
+
+
+def test_the_integrity_check_finds_that_the_end_of_a_block_would_be_passed_over() -> None:
+    driver = _driver_between_marks()
+    driver.scheduler._decoding._num_quiet += 1
+    with pytest.raises(AssertionError, match="passed over"):
+        driver.scheduler.check_integrity()
+
+
+def _driver_between_marks() -> Driver:
+    """One whose next step has nothing to say of any row but its position."""
+    driver = Driver(num_blocks=40, depth=1)
+    for number in range(2):
+        driver.scheduler.add(request(number, [number] * 5, 20))
+    while not driver.scheduler._decoding._num_quiet:
+        driver.step()
+    driver.scheduler.check_integrity()
+    return driver
 
 
 @pytest.mark.parametrize("lost", ["a row", "a prompt", "a stop id"])

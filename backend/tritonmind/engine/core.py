@@ -82,11 +82,12 @@ class EngineCore:
         """Launch one step if anything can run, and give the outputs of the oldest one if it is due."""
         begin = time.thread_time()
         output = self.scheduler.schedule()
-        if output.num_tokens:
+        launches = output.num_tokens > 0
+        if launches:
             self._in_flight.append(_InFlight(output, self.executor.execute(output)))
             self._num_steps += 1
         self._step_cpu_s += time.thread_time() - begin
-        if output.num_tokens and len(self._in_flight) <= self.async_depth:
+        if launches and len(self._in_flight) <= self.async_depth:
             return StepOutputs()
         if not self._in_flight:
             assert self.scheduler.num_live == 0, "live sequences, but nothing can be scheduled"

@@ -107,13 +107,12 @@ class DecodeBatch:
 
     def add_block(self, seq: Sequence) -> None:
         """A sequence has got the block that its next token needs, the last one of its table."""
-        row = seq.row
-        assert self._starts[row] == self._capacities[row]
+        row, capacity = seq.row, len(seq.block_table) * self._block_size
+        assert self._starts[row] == self._capacities[row] == capacity - self._block_size and not self._num_quiet
         self._new_blocks[row] = seq.block_table[-1]
-        self._capacities[row] += self._block_size
-        self._marks[row] = min(self._capacities[row] - 1, self._last_starts[row])
+        self._capacities[row] = capacity
+        self._marks[row] = min(capacity - 1, int(self._last_starts[row]))
         self._num_growing += 1
-        self._num_quiet = 0
 
     def take(self) -> DecodeRows:
         """The next token of each. Those that may have no further one leave."""

@@ -279,7 +279,8 @@ class InputBuilder:
         for row in rows.fresh:
             self._admit(rows.seqs[row], indices, blocks)
         if rows.growing:
-            slots, pages = rows.slots[rows.growing], rows.starts[rows.growing] // self._block_size
+            growing = np.array(rows.growing)
+            slots, pages = rows.slots[growing], rows.starts[growing] // self._block_size
             assert (self._num_table_blocks[slots] == pages).all(), "a block table on the device has a gap"
             self._num_table_blocks[slots] += 1
         return indices, blocks

@@ -347,7 +347,7 @@ class Scheduler:
         self, rows: DecodeRows, token_ids: list[int], logprobs: list[TokenLogprob | None] | None, num_ended: int
     ) -> list[int]:
         """The rows of which there is more to say than a token, or nothing at all, in order."""
-        special = {*rows.fresh, *rows.ending}  # most often nothing
+        special = {*rows.fresh, *rows.ending}
         if self._num_ended != num_ended:
             special.update([row for row, seq in enumerate(rows.seqs) if seq.status is SequenceStatus.FINISHED])
         if not self._stop_ids.keys().isdisjoint(token_ids):
