@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -147,6 +148,17 @@ def test_missing_triton_is_named_with_torchs_version(monkeypatch: pytest.MonkeyP
     wanted = ["filelock", 'triton==3.6.0; platform_system == "Linux"', "sympy"]
     monkeypatch.setattr(device.importlib.metadata, "requires", lambda name: wanted)
     with pytest.raises(ConfigError, match=r"Triton cannot be imported .*pip install triton==3\.6\.0$"):
+        device.check_triton_cache()
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.3.1+cu121"])
+def test_an_old_triton_is_named_with_what_is_needed(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    with pytest.raises(ConfigError, match=rf"Triton {re.escape(version)} is too old: .*3\.6 or newer.*--upgrade torch"):
+        device.check_triton_cache()
+    for fitting in ("3.6.0", "3.10.0", "4.0.0+git1234"):
+        monkeypatch.setattr(triton, "__version__", fitting)
         device.check_triton_cache()
 
 

@@ -33,6 +33,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MIN_CAPABILITY = (8, 0)
 # Driver that a CUDA runtime of this major version needs at least, on Linux.
 MIN_DRIVERS = {11: "450.80", 12: "525.60", 13: "580.65"}
+# Earlier ones lack what the kernels are launched and written with: PDL, and Gluon's warp groups.
+MIN_TRITON = (3, 6)
 # A 4-bit linear weight with a 16-bit scale and a 4-bit zero point per 128 weights, in bytes.
 INT4_BYTES_PER_WEIGHT = 0.5313
 GIB = 1 << 30
@@ -149,16 +151,20 @@ def check_device(device: torch.device) -> None:
 
 
 def check_triton_cache() -> Path:
-    """The directory that Triton keeps compiled kernels in. ConfigError when Triton is missing or cannot write there."""
+    """The directory that Triton keeps compiled kernels in.
+
+    ConfigError when Triton is missing, too old, or cannot write there.
+    """
     try:
         import triton
     except ImportError as error:
         raise ConfigError(f"Triton cannot be imported ({error}): pip install {_triton_requirement()}") from error
-    if hasattr(triton, "knobs"):
-        directory = Path(triton.knobs.cache.dir)
-    else:  # before Triton 3.4
-        home = os.environ.get("TRITON_HOME", Path.home())
-        directory = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+        raise ConfigError(
+            f"Triton {triton.__version__} is too old: the kernels need {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer, which "
+            "comes with PyTorch 2.10: pip install --upgrade torch"
+        )
+    directory = Path(triton.knobs.cache.dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:

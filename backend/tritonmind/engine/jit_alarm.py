@@ -38,7 +38,4 @@ def _set_hook(hook: Callable[..., None] | None, device: torch.device) -> None:
     if device.type == "cuda":
         import triton
 
-        if not hasattr(triton, "knobs"):  # before Triton 3.4
-            logger.info("this version of Triton cannot report kernels that are compiled while serving")
-            return
         triton.knobs.runtime.jit_post_compile_hook = hook
