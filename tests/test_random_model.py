@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_a_written_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
     assert all(tokenizer.token_bytes(i) for i in range(FIRST_PLAIN_TOKEN_ID, SHAPES["tiny"].vocab_size))
 
 
+def test_a_workspace_written_at_once_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    """Its weights, its tokenizer and its configuration, with checksums that hold."""
+    random_checkpoint.write("tiny", tmp_path / "checkpoint")
+    converted = Workspace.open(convert(tmp_path / "checkpoint", tmp_path / "converted"))
+    random_checkpoint.write_workspace("tiny", tmp_path / "workspace", durable=False)
+    workspace = Workspace.open(tmp_path / "workspace")
+    stored, expected = dict(workspace.tensors(rank=0)), dict(converted.tensors(rank=0))
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(stored[name], tensor), name
+    assert dataclasses.replace(workspace.model, model_name="tiny") == converted.model
+    tokenizers = [Tokenizer.from_dir(each.tokenizer_dir) for each in (workspace, converted)]
+    ids = range(SHAPES["tiny"].vocab_size)
+    assert len({b"".join(map(tokenizer.token_bytes, ids)) for tokenizer in tokenizers}) == 1
+    assert workspace.engine_config() == dataclasses.replace(converted.engine_config(), model=workspace.model)
+
+
 def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name, from any folder, with sessions longer than its positions."""
     monkeypatch.chdir(tmp_path)
@@ -91,3 +109,13 @@ def test_weights_drawn_on_the_card_arrive_there() -> None:
     drawn = dict(source.tensors(0))
     assert torch.equal(model.tok_embeddings, drawn["tok_embeddings.weight"])
     assert torch.equal(model.layers[3].w13.weight.chunk(2)[1], drawn["layers.3.feed_forward.w3.0.weight"])
+
+
+@pytest.mark.gpu
+def test_weights_drawn_on_the_card_are_written_as_they_are(tmp_path: Path) -> None:
+    """Large and small ones in turn, which share memory on their way."""
+    random_checkpoint.write_workspace("llama-150m", tmp_path / "workspace", durable=False)
+    stored = dict(Workspace.open(tmp_path / "workspace").tensors(rank=0))
+    drawn = dict(RandomModel("llama-150m").tensors(0))
+    assert stored.keys() == drawn.keys()
+    assert all(torch.equal(stored[name], tensor.cpu()) for name, tensor in drawn.items())

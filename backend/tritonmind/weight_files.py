@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
@@ -101,6 +102,8 @@ class ShardWriter:
     def __init__(self, path: Path, specs: list[TensorSpec]) -> None:
         self._specs: Iterator[TensorSpec] = iter(specs)
         self._file = path.open("wb")
+        # One thread, so that parts are hashed in order; hashing and writing take about the same time.
+        self._hasher = ThreadPoolExecutor(1, "hash")
         self._chunk = hashlib.sha256()
         self._size = 0
         self._sha256: list[str] = []
@@ -109,7 +112,8 @@ class ShardWriter:
     def write(self, name: str, blocks: Iterable[torch.Tensor]) -> int:
         """Append the next tensor, given as blocks of rows, converted to its stored dtype. Returns its bytes.
 
-        Raises CheckpointError when a finite value does not fit the stored dtype.
+        The blocks, on the CPU, are not kept: they may be overwritten afterwards. Raises CheckpointError when a finite
+        value does not fit the stored dtype.
         """
         spec = next(self._specs)
         assert spec.name == name, f"{name} comes where {spec.name} was planned"
@@ -124,7 +128,7 @@ class ShardWriter:
     def finish(self) -> FileEntry:
         """Close the file and return its index entry. All planned tensors must have come."""
         assert next(self._specs, None) is None, "a planned tensor did not come"
-        self._file.close()
+        self._close()
         if self._size % CHUNK_BYTES:
             self._sha256.append(self._chunk.hexdigest())
         return FileEntry(self._size, self._sha256)
@@ -135,11 +139,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._hasher.shutdown()
         self._file.close()
 
     def _append(self, data: bytes | memoryview) -> None:
+        hashing = self._hasher.submit(self._hash, memoryview(data))
         self._file.write(data)
-        view = memoryview(data)
+        hashing.result()
+
+    def _hash(self, view: memoryview) -> None:
         while view:
             part = view[: CHUNK_BYTES - self._size % CHUNK_BYTES]
             self._chunk.update(part)

@@ -92,11 +92,17 @@ class WorkspaceWriter:
         self._stack.close()
 
     def write(self, name: str, *blocks: torch.Tensor) -> int:
-        """Write tensor `name`, given as blocks of its rows, in its stored dtype. Returns its bytes."""
+        """Write tensor `name`, given as blocks of its rows on the CPU, in its stored dtype. Returns its bytes.
+
+        The blocks are not kept: they may be overwritten afterwards.
+        """
         return self._shards[self._files[name]].write(name, blocks)
 
-    def commit(self) -> None:
-        """Write everything but the weights, flush it all to the disk and move the workspace into place."""
+    def commit(self, *, durable: bool = True) -> None:
+        """Write everything but the weights, flush it all to the disk and move the workspace into place.
+
+        durable: False leaves the flushing out, for a workspace that need not outlive the machine.
+        """
         index = WeightIndex(
             format_version=FORMAT_VERSION,
             version=__version__,
@@ -120,7 +126,8 @@ class WorkspaceWriter:
         )
         shutil.copy(resource(SERVICE_SCRIPT), self._temporary / SERVICE_SCRIPT)
         (self._temporary / "triton_models").symlink_to(MODEL_DIR / VERSION, target_is_directory=True)
-        _sync_tree(self._temporary)
+        if durable:
+            _sync_tree(self._temporary)
         _move_into_place(self._temporary, self._destination)
         self._stack.pop_all()
 

@@ -135,6 +135,8 @@ BAD: list[tuple[list[str], str]] = [
     (["127.0.0.1:1", "--concurrency", "4", "--workload", "nothing"], "nothing"),
     (["127.0.0.1:1", "--rate", "4", "--slo-itl", "-1"], "--slo-itl=-1"),
     (["--self-host", "nowhere", "--concurrency", "4"], "nowhere"),
+    (["--self-host", "--concurrency", "4"], "--shape='' must be one of llama-2-7b, "),
+    (["--self-host", "w", "--shape", "tiny", "--concurrency", "4"], "give one of them"),
 ]
 
 
@@ -181,12 +183,17 @@ def test_served_counts_from_when_a_request_was_due() -> None:
 
 
 @pytest.mark.server
-def test_self_host_compares_the_server_with_the_bare_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_self_host_compares_the_server_with_the_bare_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
     need_server()
-    workspace, report = make_workspace(tmp_path), tmp_path / "report.json"
+    report = tmp_path / "report.json"
+    # A workspace has num_threads from its own config.pbtxt.
+    what = [str(make_workspace(tmp_path))] if given else ["--shape", "tiny", "--engine-options", "num_threads=1"]
     options = ["--concurrency", "3", "--input-len", "9", "--output-len", "12", "--rounds", "1", "--processes", "2"]
     engine = ["--max-batch", "4", "--engine-options", "session_len=64"]
-    assert main(["bench", "serving", "--self-host", str(workspace), *options, *engine, "--json", str(report)]) == 0
+    assert main(["bench", "serving", "--self-host", *what, *options, *engine, "--json", str(report)]) == 0
     results = json.loads(report.read_text())
     server, bare = results["rows"]
     assert (server["workload"], bare["workload"]) == ("server_3_9_12", "batch3_9_12")
@@ -194,7 +201,6 @@ def test_self_host_compares_the_server_with_the_bare_engine(tmp_path: Path, caps
     assert server["ratio_to_engine"] == pytest.approx(server["value"] / bare["value"])
     assert {row["shape"] for row in results["rows"]} == {"tiny"} and server["precision"] == bare["precision"] == "fp32"
     assert server["num_failed"] == 0 and server["prefix_cache_rate"] == 0
-    # The workspace's own parameter, and those of the measurement.
     for setting in ("num_threads=1", "max_num_seqs=4", "max_model_len=64", "enable_prefix_caching=False"):
         assert setting in results["notes"]["settings"]
     assert re.search(r"server_3_9_12 +\d+ +\d+ +\d+\.\d%", capsys.readouterr().out)

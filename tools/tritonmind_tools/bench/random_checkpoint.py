@@ -1,7 +1,8 @@
-"""A random-weight Llama checkpoint of a known model's shape, for measurements where real weights cannot be had.
+"""Random-weight Llama files of a known model's shape, for measurements where real weights cannot be had.
 
 `python -m tritonmind_tools.bench.random_checkpoint llama-2-7b DIRECTORY` writes safetensors, config.json and a
-byte-level tokenizer, as `tritonmind convert` reads them. The weights are those of the model `random:llama-2-7b`.
+byte-level tokenizer, as `tritonmind convert` reads them; with `--workspace`, in one pass, what the server serves. The
+weights are those of the model `random:llama-2-7b`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tritonmind.config import ModelConfig
+from tritonmind.errors import TritonmindError
 from tritonmind.random_model import SHAPES, RandomModel
+from tritonmind.workspace_writer import WorkspaceWriter
 
 # A layer's tensor, without rank and kind, and its names in a checkpoint of Transformers.
 LAYER_NAMES = {
@@ -36,6 +40,32 @@ TOP_LEVEL_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+
+
+def write_workspace(shape_name: str, destination: Path, *, durable: bool = True) -> None:
+    """Write a workspace in fp16. durable: see WorkspaceWriter.commit. Raises WorkspaceError for a bad destination."""
+    source = RandomModel(shape_name)
+    model = source.model
+    config = hf_config(model)
+    with WorkspaceWriter(destination, model, session_len=model.max_position_embeddings, source_config=config) as writer:
+        _write_tokenizer(writer.tokenizer_dir, model.vocab_size)
+        for name, tensor in _on_host(source):
+            writer.write(name, tensor)
+        writer.commit(durable=durable)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # an engine may be next on this card
+
+
+def _on_host(source: RandomModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `source` on the CPU, each until the next is asked for: those of a card share pinned memory."""
+    pinned = torch.empty(0)
+    for name, tensor in source.tensors(rank=0):
+        if not tensor.is_cuda:
+            yield name, tensor
+            continue
+        if pinned.numel() < tensor.numel():
+            pinned = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+        yield name, pinned[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def write(shape_name: str, directory: Path) -> None:
@@ -114,8 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--workspace", action="store_true", help="what the server serves, not what convert reads")
     args = parser.parse_args()
-    write(args.shape, args.directory)
+    try:
+        (write_workspace if args.workspace else write)(args.shape, args.directory)
+    except TritonmindError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,23 @@ def model_folder(workspace: Path) -> Path:
     if not (folder / "config.pbtxt").is_file():
         raise WorkspaceError(f"--self-host={str(workspace)!r} is no workspace; make one with `tritonmind convert`")
     return folder
+
+
+@contextmanager
+def served_workspace(path: str, shape: str) -> Iterator[Path]:
+    """The workspace at `path`, or for "" one of random weights of `shape`, which lives as long as it is used."""
+    if path:
+        yield Path(path)
+        return
+    # Here, because it loads torch.
+    from tritonmind_tools.bench import random_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="tritonmind-bench-") as scratch:
+        workspace = Path(scratch) / "workspace"
+        started = time.monotonic()
+        random_checkpoint.write_workspace(shape, workspace, durable=False)
+        print(f"random weights of {shape} written in {time.monotonic() - started:.1f} s", flush=True)
+        yield workspace
 
 
 @contextmanager

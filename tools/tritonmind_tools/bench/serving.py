@@ -6,8 +6,9 @@ submitted all at once, as `bench static` does, and the figure is generated token
 send requests at random times, so many a second in the mean; the figure is answers a second in the second half of the
 time in which they arrive, each counted by the share of its tokens that came then: take several times an answer's time.
 
-Prompts are random and no prompt comes twice; answers are greedy and go on past eos. --self-host serves a workspace
-with the embedded server first and then runs the same requests on a bare engine with the same settings.
+Prompts are random and no prompt comes twice; answers are greedy and go on past eos. --self-host serves a workspace,
+or random weights of --shape, with the embedded server and then runs the same requests on a bare engine with the same
+settings.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
+from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.embedded_server import MODEL_NAME
 
 VOCAB_SIZE = 32000
@@ -29,7 +31,13 @@ def register(kinds: Any) -> None:
         "serving", help="latency and throughput of a running server", description=__doc__
     )
     parser.add_argument("url", nargs="?", metavar="URL", help="HOST:PORT (gRPC of a Triton server) or http://.../v1")
-    parser.add_argument("--self-host", metavar="WORKSPACE", help="serve this, and compare with the bare engine")
+    parser.add_argument(
+        "--self-host",
+        nargs="?",
+        const="",
+        metavar="WORKSPACE",
+        help="serve this, or random weights of --shape, and compare with the bare engine",
+    )
     parser.add_argument("--concurrency", help="requests under way at once, comma-separated")
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--rate", dest="rates", metavar="RATE", help="requests a second, arriving at random")
@@ -45,8 +53,8 @@ def register(kinds: Any) -> None:
     parser.add_argument("--slo-ttft", type=float, metavar="MS", help="goodput: longest time to the first token")
     parser.add_argument("--slo-itl", type=float, metavar="MS", help="goodput: longest mean time between tokens")
     parser.add_argument("--model", default=MODEL_NAME, help="as the server names it (default %(default)s)")
-    parser.add_argument("--shape", default="", help="the model's shape, for the rows (--self-host knows it)")
-    parser.add_argument("--precision", default="", help="likewise")
+    parser.add_argument("--shape", default="", help="the model's shape, for the rows, or what --self-host makes")
+    parser.add_argument("--precision", default="", help="the model's, for the rows (--self-host knows it)")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="ids are below it (default %(default)s)")
     parser.add_argument("--text-prompts", action="store_true", help="words, for an endpoint that takes no token ids")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (default %(default)s)")
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     loads = serving_load.loads(args)
     report = Report.from_args(args)
-    measure = serving_compare.measure_both if args.self_host else serving_load.measure_url
+    measure = serving_load.measure_url if args.self_host is None else serving_compare.measure_both
     rows = measure(args, report, loads)
     report.print_facts()
     report.write(rows)
@@ -76,7 +84,13 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Options that exclude or need each other, and their ranges. Raises ConfigError."""
     if (args.url is None) == (args.self_host is None):
-        raise ConfigError("give either the URL of a running server or --self-host WORKSPACE, and not both")
+        raise ConfigError("give either the URL of a running server or --self-host, and not both")
+    if args.self_host == "" and args.shape not in SHAPES:
+        raise ConfigError(
+            f"--self-host without a WORKSPACE makes one: --shape={args.shape!r} must be one of {', '.join(SHAPES)}"
+        )
+    if args.self_host and args.shape:
+        raise ConfigError(f"--shape={args.shape!r} and --self-host={args.self_host!r}: give one of them")
     if args.url is not None:
         from tritonmind_tools.bench.endpoints import check_url
 
@@ -92,5 +106,5 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--duration={args.duration:g} is of --rate; --concurrency takes --num-requests")
     if args.workload and (args.input_len or args.output_len) and not (args.concurrency and args.rates):
         raise ConfigError("--workload has lengths of its own: leave out --input-len and --output-len")
-    if args.engine_options and not args.self_host:
+    if args.engine_options and args.self_host is None:
         raise ConfigError("--engine-options are for --self-host: a running server has its own")

@@ -13,7 +13,7 @@ from tritonmind_tools.bench.load import Target
 from tritonmind_tools.bench.options import key_values
 from tritonmind_tools.bench.report import PRECISIONS, Report, print_table
 from tritonmind_tools.bench.rounds import run_round
-from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder
+from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder, served_workspace
 from tritonmind_tools.bench.serving_load import WARM_UP_TOKENS, Load, make_row, measure
 from tritonmind_tools.bench.shapes import shape_name
 from tritonmind_tools.embedded_server import MODEL_NAME
@@ -26,7 +26,11 @@ def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) ->
 
     A server's row says in ratio_to_engine which share of the engine's tokens a second it had.
     """
-    workspace = Path(args.self_host)
+    with served_workspace(args.self_host, args.shape) as workspace:
+        return _measure_both(workspace, args, report, loads)
+
+
+def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loads: list[Load]) -> list[dict[str, Any]]:
     model = Workspace.open(model_folder(workspace) / "1").model
     settings = {
         "enable_prefix_caching": False,
