@@ -102,17 +102,22 @@ class DecodeBatch:
         self._quiet_rows, self._num_quiet = None, 0
 
     def without_block(self) -> list[Sequence]:
-        """Those whose next token lies beyond their blocks: `add_block` must follow, or `remove`."""
-        return [seq for seq in self._full if seq.row >= 0 and self._starts[seq.row] == self._capacities[seq.row]]
+        """Those whose next token lies beyond their blocks: `add_blocks` must follow, or `remove`."""
+        if not self._full:
+            return []
+        rows = np.array([seq.row for seq in self._full if seq.row >= 0], dtype=np.intp)
+        return [self._seqs[row] for row in rows[self._starts[rows] == self._capacities[rows]].tolist()]
 
-    def add_block(self, seq: Sequence) -> None:
-        """A sequence has got the block that its next token needs, the last one of its table."""
-        row, capacity = seq.row, len(seq.block_table) * self._block_size
-        assert self._starts[row] == self._capacities[row] == capacity - self._block_size and not self._num_quiet
-        self._new_blocks[row] = seq.block_table[-1]
-        self._capacities[row] = capacity
-        self._marks[row] = min(capacity - 1, int(self._last_starts[row]))
-        self._num_growing += 1
+    def add_blocks(self, seqs: list[Sequence]) -> None:
+        """Sequences have got the block that their next token needs, the last one of their table."""
+        rows = np.array([seq.row for seq in seqs])
+        capacities = self._capacities[rows]
+        assert (self._starts[rows] == capacities).all() and not self._num_quiet
+        capacities += self._block_size
+        self._capacities[rows] = capacities
+        self._marks[rows] = np.minimum(capacities - 1, self._last_starts[rows])
+        self._new_blocks[rows] = [seq.block_table[-1] for seq in seqs]
+        self._num_growing += len(seqs)
 
     def take(self) -> DecodeRows:
         """The next token of each. Those that may have no further one leave."""
@@ -156,8 +161,8 @@ class DecodeBatch:
                 ending=[],
             )
         rows = DecodeRows(starts, *self._quiet_rows[1:])
-        marked = _rows_of(starts == self._marks[:num_rows])
-        if not (marked or self._num_fresh or self._num_growing):
+        marked = (starts == self._marks[:num_rows]).nonzero()[0]
+        if not (marked.size or self._num_fresh or self._num_growing):
             return rows
         new_blocks = self._new_blocks[:num_rows].copy() if self._num_growing else rows.new_blocks
         return rows._replace(
@@ -165,8 +170,8 @@ class DecodeBatch:
             fresh=_rows_of(rows.token_ids != FROM_DEVICE) if self._num_fresh else [],
             growing=_rows_of(new_blocks != NO_BLOCK) if self._num_growing else [],
             # Blocks are allotted one at a time: where they end, the block of the token ends.
-            filling=[row for row in marked if starts[row] + 1 == self._capacities[row]],
-            ending=[row for row in marked if starts[row] == self._last_starts[row]],
+            filling=marked[starts[marked] + 1 == self._capacities[marked]].tolist(),
+            ending=marked[starts[marked] == self._last_starts[marked]].tolist(),
         )
 
     def check_integrity(self, max_num_tokens: Callable[[Sequence], int]) -> None:

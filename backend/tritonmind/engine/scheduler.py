@@ -273,10 +273,11 @@ class Scheduler:
 
     def _grow_decodes(self) -> None:
         """A block for each sequence whose next token begins one, preempting later sequences if need be."""
-        for seq in sorted(self._decoding.without_block(), key=_running_order):
-            # One of them may have been preempted for an earlier one.
-            if seq.row >= 0 and self._grow(seq):
-                self._decoding.add_block(seq)
+        lacking = sorted(self._decoding.without_block(), key=_running_order)
+        # One of them may have been preempted for an earlier one.
+        grown = [seq for seq in lacking if seq.row >= 0 and self._grow(seq)]
+        if grown:
+            self._decoding.add_blocks(grown)
 
     def _grow(self, seq: Sequence) -> bool:
         """A block for the next token; False if `seq` itself had to go."""
