@@ -72,7 +72,7 @@ def test_prompts_come_in_turn_unless_one_is_long() -> None:
 
 @pytest.mark.parametrize(
     "column",
-    ["_slots", "_starts", "_token_ids", "_new_blocks", "_capacities", "_last_starts", "_marks", "_request_ids"],
+    ["_slots", "_starts", "_token_ids", "_capacities", "_last_starts", "_marks", "_request_ids"],
 )
 def test_the_integrity_check_finds_a_wrong_column(column: str) -> None:
     driver = Driver(num_blocks=40, depth=1)

@@ -43,12 +43,11 @@ class DecodeBatch:
         self._block_size = block_size
         self._seqs: list[Sequence] = []
         self._request_ids: list[int] = []
-        self._columns = np.zeros((7, max_num_seqs), dtype=np.int32)
-        self._slots, self._starts, self._token_ids, self._new_blocks = self._columns[:4]
-        self._capacities, self._last_starts = self._columns[4:6]
-        self._marks = self._columns[6]  # the start at which a row comes to the end of its block, or to its last one
+        self._columns = np.zeros((6, max_num_seqs), dtype=np.int32)
+        self._slots, self._starts, self._token_ids, self._capacities, self._last_starts = self._columns[:5]
+        self._marks = self._columns[5]  # the start at which a row comes to the end of its block, or to its last one
         self._num_fresh = 0
-        self._num_growing = 0
+        self._new_blocks: dict[int, int] = {}  # by row, of the next take
         # While rows stay the same and none is fresh: all that a step in which nothing is special has but `starts`.
         self._quiet_rows: DecodeRows | None = None
         self._num_quiet = 0  # so many takes come before one that fills a block or ends a sequence, as far as is known
@@ -79,18 +78,18 @@ class DecodeBatch:
         capacity = len(seq.block_table) * self._block_size
         last_start = max_num_tokens - 2
         mark = min(capacity - 1, last_start)
-        self._columns[:, row] = seq.slot, start, token_id, NO_BLOCK, capacity, last_start, mark
+        self._columns[:, row] = seq.slot, start, token_id, capacity, last_start, mark
         self._quiet_rows, self._num_quiet = None, 0
         if start == capacity:
             self._full.append(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Let a sequence decode no more; its counts are its own again."""
+        assert not self._new_blocks, "rows that have got a block are taken before any leaves"
         row, last = seq.row, len(self._seqs) - 1
         seq.num_computed_tokens = int(self._starts[row])
         seq.num_tokens = seq.num_computed_tokens + 1
         self._num_fresh -= int(self._token_ids[row] != FROM_DEVICE)
-        self._num_growing -= int(self._new_blocks[row] != NO_BLOCK)
         if row < last:
             moved = self._seqs[last]
             moved.row = row
@@ -109,15 +108,14 @@ class DecodeBatch:
         return [self._seqs[row] for row in rows[self._starts[rows] == self._capacities[rows]].tolist()]
 
     def add_blocks(self, seqs: list[Sequence]) -> None:
-        """Sequences have got the block that their next token needs, the last one of their table."""
-        rows = np.array([seq.row for seq in seqs])
+        """Sequences have got the block that their next token needs, the last one of their table; `take` follows."""
+        self._new_blocks = {seq.row: seq.block_table[-1] for seq in seqs}
+        rows = np.array(list(self._new_blocks))
         capacities = self._capacities[rows]
         assert (self._starts[rows] == capacities).all() and not self._num_quiet
         capacities += self._block_size
         self._capacities[rows] = capacities
         self._marks[rows] = np.minimum(capacities - 1, self._last_starts[rows])
-        self._new_blocks[rows] = [seq.block_table[-1] for seq in seqs]
-        self._num_growing += len(seqs)
 
     def take(self) -> DecodeRows:
         """The next token of each. Those that may have no further one leave."""
@@ -137,9 +135,8 @@ class DecodeBatch:
                 rows.seqs[row].has_drawn = True
             self._token_ids[: len(starts)] = FROM_DEVICE
             self._quiet_rows, self._num_quiet = None, 0
-        if rows.growing:
-            self._new_blocks[: len(starts)] = NO_BLOCK
-        self._num_fresh = self._num_growing = 0
+        self._new_blocks = {}
+        self._num_fresh = 0
         for row in rows.ending:
             self.remove(rows.seqs[row])
         return rows
@@ -162,13 +159,16 @@ class DecodeBatch:
             )
         rows = DecodeRows(starts, *self._quiet_rows[1:])
         marked = (starts == self._marks[:num_rows]).nonzero()[0]
-        if not (marked.size or self._num_fresh or self._num_growing):
+        if not (marked.size or self._num_fresh or self._new_blocks):
             return rows
-        new_blocks = self._new_blocks[:num_rows].copy() if self._num_growing else rows.new_blocks
+        new_blocks, growing = rows.new_blocks, list(self._new_blocks)
+        if growing:
+            new_blocks = new_blocks.copy()
+            new_blocks[growing] = list(self._new_blocks.values())
         return rows._replace(
             new_blocks=new_blocks,
-            fresh=_rows_of(rows.token_ids != FROM_DEVICE) if self._num_fresh else [],
-            growing=_rows_of(new_blocks != NO_BLOCK) if self._num_growing else [],
+            fresh=(rows.token_ids != FROM_DEVICE).nonzero()[0].tolist() if self._num_fresh else [],
+            growing=growing,
             # Blocks are allotted one at a time: where they end, the block of the token ends.
             filling=marked[starts[marked] + 1 == self._capacities[marked]].tolist(),
             ending=marked[starts[marked] == self._last_starts[marked]].tolist(),
@@ -177,7 +177,7 @@ class DecodeBatch:
     def check_integrity(self, max_num_tokens: Callable[[Sequence], int]) -> None:
         """Re-derive the columns from the sequences and their limits; AssertionError where they differ."""
         assert self._request_ids == [seq.request_id for seq in self._seqs], "request ids are not those of the rows"
-        assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs) and not self._num_growing
+        assert self._num_fresh == sum(not seq.has_drawn for seq in self._seqs) and not self._new_blocks
         assert self._quiet_rows is not None or not self._num_quiet
         if self._quiet_rows is not None:
             _, seqs, request_ids, slots, token_ids, new_blocks, *special = self._quiet_rows
@@ -187,16 +187,12 @@ class DecodeBatch:
             assert (token_ids == FROM_DEVICE).all() and (new_blocks == NO_BLOCK).all(), "steps share what is of one"
         for row, seq in enumerate(self._seqs):
             where = f"{seq.request_id} in row {row}"
-            slot, start, token_id, new_block, capacity, last_start, mark = self._columns[:, row].tolist()
+            slot, start, token_id, capacity, last_start, mark = self._columns[:, row].tolist()
             assert seq.row == row and seq.slot == slot, f"{where}: row or slot is another's"
             assert start <= last_start == max_num_tokens(seq) - 2, f"{where}: decodes to another length than its own"
             assert capacity == len(seq.block_table) * self._block_size, f"{where}: blocks are not counted"
             assert start < capacity or (start == capacity and seq in self._full), f"{where}: lacks a block"
-            assert capacity - start <= self._block_size and new_block == NO_BLOCK
+            assert capacity - start <= self._block_size, f"{where}: more than one block ahead"
             assert mark == min(capacity - 1, last_start), f"{where}: its next mark is another"
             assert not self._num_quiet or start + self._num_quiet <= mark, f"{where}: a mark would be passed over"
             assert token_id == (FROM_DEVICE if seq.has_drawn else seq.token_ids[start]), f"{where}: wrong token"
-
-
-def _rows_of(mask: np.ndarray) -> list[int]:
-    return mask.nonzero()[0].tolist()
