@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
 from tests.tolerances import assert_close
-from tritonmind.engine.model_runner import ModelRunner
+from tritonmind.engine.decode_batch import FROM_DEVICE
+from tritonmind.engine.model_runner import ModelRunner, _Graphs
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.workspace import Workspace
 
@@ -57,6 +61,54 @@ def test_a_replay_with_padding_equals_the_step(runner: ModelRunner, num_padding:
     mixed = SchedulerOutput(decode(seqs[2:]).decodes, prefill(seqs[:1], 1))
     runner.execute(mixed).wait()
     assert_close(runner.logits[:3], expected[2:])
+
+
+class Replays:
+    """A GraphSet that was captured by remembering its function."""
+
+    def __init__(self, function: Callable[[int], object]) -> None:
+        self.replay = function
+
+
+def _capture(runner: ModelRunner, max_context_len: int) -> None:
+    functions: tuple[Callable[[int], object], ...] = (
+        lambda num_rows: runner._decode_greedily(num_rows, max_context_len),
+        lambda num_rows: runner._decode(num_rows, max_context_len),
+        lambda num_rows: runner._sampler.sample(runner.logits[:num_rows], greedy=False),
+    )
+    runner._graphs = _Graphs(*map(Replays, functions))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.9, "top_k": 20}, {"logit_bias": [(7, 4.0)], "bad_words": [[6]]}, {"num_logprobs": 2}],
+    ids=["greedy", "sampling", "edits", "logprobs"],
+)
+def test_a_step_out_of_graphs_equals_the_step(runner: ModelRunner, options: dict[str, Any]) -> None:
+    output = decode(sequences([1, 64, 65, 200, 130], NUM_BLOCKS, **options))
+    expected = runner.execute(output).wait()
+    logits = runner.logits[:5].nan_to_num(neginf=-10)
+    runner.logits.fill_(float("nan"))
+    _capture(runner, 200)
+    result = runner.execute(output).wait()
+    assert result.token_ids == expected.token_ids
+    assert_close(runner.logits[:5].nan_to_num(nan=1e3, neginf=-10), logits)
+    assert (result.logprobs is None) == ("num_logprobs" not in options)
+
+
+def test_a_bad_word_is_known_by_the_token_before_the_draw(runner: ModelRunner) -> None:
+    """Only the device has it: a draw before the logits are changed would take its place."""
+    [seq] = sequences([65], NUM_BLOCKS)
+    last = seq.token_ids[-1]
+    [likeliest] = runner.execute(decode([seq])).wait().token_ids
+    seq.request = msgspec.structs.replace(seq.request, bad_words=[[last, likeliest]])
+    seq.admission = -2  # enters again
+    output = decode([seq])
+    output.decodes.token_ids[0] = FROM_DEVICE
+    runner._sampler.last_token_ids[seq.slot] = seq.token_ids.pop()
+    _capture(runner, 65)
+    [token_id] = runner.execute(output).wait().token_ids
+    assert runner.logits[0, likeliest] == float("-inf") and token_id != likeliest
 
 
 def _inputs_of(runner: ModelRunner, num_rows: int) -> torch.Tensor:

@@ -94,7 +94,9 @@ def test_graph_replay_equals_eager(
     replayed, token_ids = run(runner, output)
     expected, expected_ids = run(eager, output)
     # Not to the bit: a matrix product of other rows, or captured, may use another algorithm.
-    assert_close(replayed, expected)
+    allowed = expected.isfinite()
+    assert torch.equal(replayed.isfinite(), allowed) and allowed[:, 6].any() == (options is not EDITS)
+    assert_close(replayed[allowed], expected[allowed])
     for row, token_id, other in zip(range(num_decodes), token_ids, expected_ids, strict=True):
         if torch.equal(replayed[row], expected[row]):
             assert token_id == other
