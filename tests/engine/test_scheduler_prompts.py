@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.driver import Driver, request
+from tritonmind.engine.scheduler import TILE_TOKENS
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -68,6 +69,36 @@ def test_prompts_come_in_turn_unless_one_is_long() -> None:
     for number in range(4):
         driver.step()
         assert driver.tokens[number], "a prompt behind it took of its step"
+
+
+@pytest.mark.parametrize("num_decodes", [127, 128, 140, 255])
+@pytest.mark.parametrize("lengths", [[200], [300, 40], [40, 300], [150, 150, 150], [100, 90]], ids=str)
+def test_a_step_of_many_decodes_fills_whole_tiles(num_decodes: int, lengths: list[int]) -> None:
+    """What is beyond them comes a step later, never more; a prompt without a tile to spare is not held up."""
+    driver = Driver(
+        num_blocks=600, depth=0, max_num_seqs=num_decodes + len(lengths), budget=4096, max_model_len=600, block_size=64
+    )
+    for number in range(num_decodes):
+        driver.scheduler.add(request(number, [number], 40))
+    driver.step()
+    assert len(driver.scheduler.decoding) == num_decodes
+    for number, length in enumerate(lengths):
+        driver.scheduler.add(request(1000 + number, [number, 1] * (length // 2), 40))
+    output = driver.scheduler.schedule()
+    chunks = [item.num_new_tokens for item in output.prefills]
+    excess = (num_decodes + sum(lengths)) % TILE_TOKENS
+    if num_decodes < TILE_TOKENS or not any(length - excess >= TILE_TOKENS for length in lengths):
+        assert chunks == lengths
+        return
+    assert output.num_tokens % TILE_TOKENS == 0
+    assert sum(lengths) - sum(chunks) == excess
+    assert sum(chunk != length for chunk, length in zip(chunks, lengths, strict=True)) <= 1
+    driver.scheduler.check_integrity()
+    handle = driver.executor.execute(output)
+    driver.take(driver.scheduler.update(output, *handle.wait()))
+    driver.step()
+    assert all(driver.tokens[1000 + number] for number in range(len(lengths))), "later than by one step"
+    driver.run()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ Order of one `schedule()`:
     which need more than one whole step;
  3. waiting sequences are admitted while slots, blocks and budget last: lower priority numbers first, and first come,
     first served among equals;
- 4. long prompts get what is left, and half of it was kept for them: neither they nor those behind them starve.
+ 4. long prompts get what is left, and half of it was kept for them: neither they nor those behind them starve;
+ 5. beside many decodes, a chunk leaves the tokens beyond whole tiles of the matrix products to the next step.
 A sequence that cannot get a block takes it from the running sequence of the highest priority number, among equals the
 most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
 recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
@@ -30,6 +31,8 @@ from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
 from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
+
+TILE_TOKENS = 128  # rows of a tile in large matrix products on a GPU
 
 _NOTHING = itertools.repeat(None)
 
@@ -219,6 +222,24 @@ class Scheduler:
             budget -= self._admit(budget - kept, prefills)
         for seq in long:
             budget -= self._take_chunk(seq, budget, prefills)
+        self._round_off(prefills)
+
+    def _round_off(self, prefills: list[ScheduledSequence]) -> None:
+        """Leave what is beyond whole tiles of tokens to the next step, where many sequences wait for this one.
+
+        Large products take as long for a tile with few tokens as for a full one. A chunk keeps a tile at least, so
+        that its prompt gets on.
+        """
+        num_decodes = len(self._decoding)
+        excess = (num_decodes + sum(item.num_new_tokens for item in prefills)) % TILE_TOKENS
+        if num_decodes < TILE_TOKENS or not excess:
+            return
+        for index, (seq, start, num_new, samples) in reversed(list(enumerate(prefills))):
+            if num_new - excess >= TILE_TOKENS:
+                seq.num_computed_tokens -= excess
+                seq.num_tokens -= samples
+                prefills[index] = ScheduledSequence(seq, start, num_new - excess, False)
+                return
 
     def _admit(self, budget: int, prefills: list[ScheduledSequence]) -> int:
         """Start waiting sequences with chunks of at most `budget` tokens together. Returns how many they take."""
