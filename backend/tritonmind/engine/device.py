@@ -143,6 +143,12 @@ def check_device(device: torch.device) -> None:
     except RuntimeError as error:
         raise ConfigError(_unusable_card(name, error)) from error
     check_triton_cache()
+    from tritonmind.kernels.pdl import use_pdl  # Triton, which an engine on a CPU does without
+
+    try:
+        use_pdl(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         rms_norm(x, x[0], eps=1e-5)
         torch.cuda.synchronize(device)

@@ -280,6 +280,10 @@ class ModelRunner:
         logits = self.logits[:num_rows]
         warm_up_edits(logits, *self._sampler.slots_and_last_token_ids(num_rows))
         token_logprobs(logits, self._sampler.token_ids[:num_rows], num_top=min(MAX_LOGPROBS, logits.shape[1]))
+        # The logits of prompts are of more rows than any draw's.
+        for rows in self.model.output.row_variants(len(self._spare_logits)):
+            hidden = HiddenStates(*logits.new_zeros((2, rows, self.config.model.hidden_size)))
+            self.model.logits(hidden, None, out=self._spare_logits[:rows])
 
     def _run_padding(self, num_decodes: int, prefill_lens: list[int]) -> None:
         """A step for nobody, drawn both ways. Like `execute` it keeps the hidden states until the end."""

@@ -97,8 +97,12 @@ class Served:
 
 def served(result: LoadResult, slo: Slo) -> Served:
     """Sum a load up. UnavailableError with the endpoint's words if no request was answered."""
-    answered = [outcome for outcome in result.outcomes if not outcome.error and outcome.times]
-    errors = [outcome.error or "an answer without tokens" for outcome in result.outcomes if outcome not in answered]
+    answered, errors = [], []
+    for outcome in result.outcomes:
+        if outcome.error or not outcome.times:
+            errors.append(outcome.error or "an answer without tokens")
+        else:
+            answered.append(outcome)
     if not answered:
         raise UnavailableError(f"none of {len(result.outcomes)} requests was answered, the first one: {errors[0]}")
     wall = max(outcome.times[-1] for outcome in answered) - min(outcome.due for outcome in result.outcomes)
