@@ -97,12 +97,14 @@ def test_prompts_differ_between_rounds_and_are_the_same_again() -> None:
 
 
 def test_a_failing_engine_ends_the_round() -> None:
-    def submit(request: Any, on_output: Any) -> None:
-        output = TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error="out of luck")
-        on_output(output)
+    def submit_all(requests: Any, on_output: Any) -> None:
+        for request in requests:
+            on_output(
+                TokenOutput(request_id=request.request_id, token_ids=[], finish_reason="error", error="out of luck")
+            )
 
     stats = SimpleNamespace(num_steps=0, step_cpu_s=0.0)
-    client: Any = SimpleNamespace(next_request_id=lambda count: 0, stats=lambda: stats, submit=submit)
+    client: Any = SimpleNamespace(next_request_id=lambda count: 0, stats=lambda: stats, submit_all=submit_all)
     with pytest.raises(UnavailableError, match="failed during the measurement: out of luck"):
         run_round(client, LLAMA_2_7B, [(3, 3), (3, 3)], seed="")
 

@@ -23,6 +23,7 @@ DPI = 150
 SIZE = (8.0, 5.0)  # inches
 COLOURS = ("#1f6fb4", "#d9651a", "#2f9245", "#8a4fb0", "#b8860b", "#c23b5a")
 GREY = "#777777"
+OUR_PARTS = {"server", "bare engine"}  # `bench serving` holds them against each other
 MAX_MS_SPAN = 20  # beyond this ratio of largest to least step time the axis is logarithmic
 
 _STEP_ROW = re.compile(r"decode_batch(\d+)_context(\d+)")
@@ -207,7 +208,8 @@ def _engines(rows: list[Row], figure: Any) -> bool:
     """Values over ours, of what we and others measured on one card, one shape and in one precision."""
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row["workload"], _model(row), row["card"]), {})[_engine(row)] = row
+        if _engine(row) not in OUR_PARTS:
+            groups.setdefault((row["workload"], _model(row), row["card"]), {})[_engine(row)] = row
     shown = {key: group for key, group in groups.items() if OUR_ENGINE in group and len(group) > 1}
     if not shown:
         return False
@@ -253,9 +255,8 @@ def _offered_load(rows: list[Row], figure: Any) -> bool:
     waited = _axes(figure, "Time to the first token", "offered req/s", "ms", 212)
     for line, colour in zip(lines, _colours(len(lines)), strict=True):
         xs = list(line.points)
-        served.plot(
-            xs, [row["requests_per_second"] for row in line.points.values()], marker="o", color=colour, label=line.name
-        )
+        # Not requests over wall time, most of which a short run spends waiting for its longest answers.
+        served.plot(xs, [row["value"] for row in line.points.values()], marker="o", color=colour, label=line.name)
         for percent, style in ((50, "-"), (99, "--")):
             times = [1e3 * row[f"time_to_first_token_p{percent}"] for row in line.points.values()]
             waited.plot(xs, times, style, marker="o", markersize=4, color=colour, label=f"{line.name}: p{percent}")
@@ -266,6 +267,7 @@ def _offered_load(rows: list[Row], figure: Any) -> bool:
     waited.set_xlim(left=0)
     waited.set_yscale("log")
     waited.yaxis.set_major_formatter("{x:g}")
+    waited.yaxis.set_minor_formatter("{x:g}")
     for axes in (served, waited):
         axes.legend(frameon=False, fontsize=8)
     return True
