@@ -203,6 +203,19 @@ def test_profile_accounts_for_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "matrix products" in printed and f"host: {host['host'] * 1e6:.1f} us of CPU time a step" in printed
 
 
+@pytest.mark.parametrize("batch_size", ["0", "2"])
+def test_profile_accounts_for_a_step_with_prompts(tmp_path: Path, batch_size: str) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--batch-size", batch_size, "--context", "30", "--prompts", "2x40", "--steps", "3"]
+    assert main(["bench", "profile", "--shape", "tiny", *arguments, "--json", str(report)]) == 0
+    results = json.loads(report.read_text())
+    (row,) = results["rows"]
+    assert row["workload"].startswith(f"step B={batch_size} L=") and row["workload"].endswith(" 2x40")
+    assert 0 < row["roofline_fraction"] < 1
+    products = [kernel["calls_per_step"] for kernel in results["kernels"] if kernel["group"] == "matrix products"]
+    assert sum(products) == 9, "prompts and decodes did not share their steps"
+
+
 @pytest.mark.parametrize(
     ("batch_size", "target"), [(1, 0.3e-3), (32, 0.3e-3), (33, 0.5e-3), (256, 0.5e-3), (257, None)]
 )
@@ -220,6 +233,10 @@ def test_the_host_has_a_target_by_batch_size(
     ("options", "named"),
     [
         (["--batch-size=0"], "--batch-size='0'"),
+        (["--batch-size=-1", "--prompts=1x4"], "--batch-size='-1'"),
+        (["--prompts=4"], "--prompts='4' must be prompts x tokens, like 4x1024"),
+        (["--prompts=0x8"], "--prompts='0x8' must be"),
+        (["--batch-size=1", "--context=10", "--prompts=1x200"], "--prompts=1x200 needs"),
         (["--context=100000"], "--context=100000 is more than"),
         (["--batch-size=3", "--context=200"], "needs 12 blocks, the KV cache has 9;"),
     ],

@@ -1,8 +1,9 @@
-"""`tritonmind bench profile`: where the time of a decode step goes.
+"""`tritonmind bench profile`: where the time of a step goes.
 
 An engine in this process brings a batch of equal greedy requests to decoding, then makes steps: first as it serves,
 for the time of a step and what the host does in it, then under the profiler, for the time of each kernel and the calls
-into CUDA. Idle is the time of an unprofiled step less the time in which a kernel ran.
+into CUDA. Idle is the time of an unprofiled step less the time in which a kernel ran. With --prompts new prompts, each
+answered by one token, come with every step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import tempfile
 import time
@@ -23,7 +25,7 @@ import msgspec
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
 from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
-from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, weight_bytes
+from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, prefill_flops, weight_bytes
 from tritonmind_tools.bench.rounds import greedy_request, random_prompts
 from tritonmind_tools.bench.shapes import shape_name
 
@@ -52,11 +54,14 @@ class Timing(NamedTuple):
 def register(kinds: Any) -> None:
     """Add `bench profile`."""
     parser: argparse.ArgumentParser = kinds.add_parser(
-        "profile", help="where the time of a decode step goes", description=__doc__
+        "profile", help="where the time of a step goes", description=__doc__
     )
     add_model_options(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences (default %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="sequences, 0 for --prompts alone (default %(default)s)"
+    )
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each (default %(default)s)")
+    parser.add_argument("--prompts", metavar="SxT", help="prompts x tokens each that come with every step, as 4x1024")
     parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
     add_engine_options(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
@@ -66,10 +71,13 @@ def register(kinds: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the account, write JSON. Raises ConfigError for a wrong option or a batch that does not fit."""
+    import torch
+
     from tritonmind.model_source import open_model
     from tritonmind_tools.bench import machine
 
-    for name in ("batch_size", "context", "steps"):
+    prompts = _prompts(args.prompts)
+    for name in ("context", "steps") if prompts and not args.batch_size else ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
     source = open_model(model_path(args), dtype=args.dtype)
     if args.shape is None and args.context > source.model.max_position_embeddings:
@@ -80,15 +88,15 @@ def run(args: argparse.Namespace) -> int:
     report = Report(args.json)
     bandwidth = machine.copy_bandwidth()
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
-    core, context = _decoding_core(source, args)
+    core, context, step = _working_core(source, args, prompts)
     gc.collect()
     gc.freeze()  # as the engine's own process does when it starts
     report.notes["engine"] = f"{core.info.device} {core.info.dtype}, {core.info.memory_plan}"
-    timing = _timed(core, args.steps)
-    account = _profiled(core, args.steps, Path(args.trace) if args.trace else None)
+    timing = _timed(core, step, args.steps)
+    account = _profiled(step, args.steps, Path(args.trace) if args.trace else None)
     gc.unfreeze()
     stats = core.stats()
-    assert stats.num_running == args.batch_size and not stats.num_preemptions, "the batch changed on the way"
+    assert stats.num_running >= args.batch_size and not stats.num_preemptions, "the batch changed on the way"
     report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
     dtype_bytes = DTYPE_BYTES[core.info.dtype]
     num_bytes = {
@@ -96,12 +104,21 @@ def run(args: argparse.Namespace) -> int:
         "matrix products": float(weight_bytes(source.model, dtype_bytes)),
     }
     _print_account(account, num_bytes, timing)
-    target = None if core.info.device == "cpu" else _host_target(args.batch_size)
+    target = None if core.info.device == "cpu" or prompts else _host_target(args.batch_size)
     _print_host(timing, target)
-    report.print_facts()
     roofline = sum(num_bytes.values()) / bandwidth
+    workload = f"decode step B={args.batch_size} L={round(context)}"
+    if prompts:
+        # The products of prompts are bound by arithmetic, those of the decodes beside them come for nothing.
+        rate = machine.matmul_rate(getattr(torch, core.info.dtype))
+        report.notes["matmul rate"] = f"{rate / 1e12:.0f} TFLOP/s"
+        roofline = num_bytes["decode attention"] / bandwidth + max(
+            num_bytes["matrix products"] / bandwidth, prefill_flops(source.model, prompts) / rate
+        )
+        workload = f"step B={args.batch_size} L={round(context)} {args.prompts}"
+    report.print_facts()
     row = {
-        "workload": f"decode step B={args.batch_size} L={round(context)}",
+        "workload": workload,
         "shape": shape_name(source.model),
         "precision": PRECISIONS[core.info.dtype],
         "value": timing.wall * 1e6,
@@ -117,29 +134,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decoding_core(source: ModelSource, args: argparse.Namespace) -> tuple[EngineCore, float]:
-    """An engine in which every request decodes, and the mean number of tokens that one has then."""
+def _prompts(option: str | None) -> list[int]:
+    """Lengths of the prompts of a step. Raises ConfigError."""
+    if option is None:
+        return []
+    count, times, tokens = option.partition("x")
+    if not (times and count.isdecimal() and tokens.isdecimal() and int(count) and int(tokens)):
+        raise ConfigError(f"--prompts={option!r} must be prompts x tokens, like 4x1024")
+    return [int(tokens)] * int(count)
+
+
+def _working_core(
+    source: ModelSource, args: argparse.Namespace, prompts: list[int]
+) -> tuple[EngineCore, float, Callable[[], Any]]:
+    """An engine in which every request decodes, the mean number of tokens that one has then, and what makes a step."""
     from tritonmind.engine.core import EngineCore
 
     # The first request decodes while the others' prompts are computed; the margin is for steps in flight.
     num_prefill_steps = -(-args.batch_size * args.context // PREFILL_TOKENS)
-    max_tokens = num_prefill_steps + NUM_WARM_UPS + 2 * args.steps + MARGIN_STEPS
+    max_tokens = num_prefill_steps + 2 * (NUM_WARM_UPS + args.steps) + MARGIN_STEPS
+    # Of the prompts that came with a step some are in flight when the next come.
+    num_seqs = args.batch_size + MARGIN_STEPS * len(prompts)
     overrides = engine_overrides(
         args,
-        max_num_seqs=args.batch_size,
-        max_num_batched_tokens=PREFILL_TOKENS + args.batch_size,
-        max_model_len=args.context + max_tokens,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(PREFILL_TOKENS, sum(prompts)) + num_seqs,
+        max_model_len=max(args.context + max_tokens, *(length + 1 for length in prompts), 2),
     )
     core = EngineCore(source, source.engine_config(**overrides))
-    blocks_each = -(-(args.context + max_tokens) // core.info.block_size)
-    num_blocks = args.batch_size * blocks_each
+    size = core.info.block_size
+    num_blocks = args.batch_size * -(-(args.context + max_tokens) // size)
+    num_blocks += MARGIN_STEPS * sum(-(-(length + 1) // size) for length in prompts)
     if num_blocks > core.info.num_blocks:
+        named = f"--batch-size={args.batch_size} with --context={args.context}"
+        if prompts:
+            named += f" and --prompts={args.prompts}"
         raise ConfigError(
-            f"--batch-size={args.batch_size} with --context={args.context} needs {num_blocks} blocks, "
-            f"the KV cache has {core.info.num_blocks}; lower one of the two"
+            f"{named} needs {num_blocks} blocks, the KV cache has {core.info.num_blocks}; lower one of them"
         )
     for number, prompt in enumerate(random_prompts(source.model, [args.context] * args.batch_size)):
-        core.add(greedy_request(number, prompt, max_tokens))
+        if prompt:
+            core.add(greedy_request(number, prompt, max_tokens))
     generated: dict[int, int] = defaultdict(int)
     num_more = NUM_WARM_UPS
     while num_more:
@@ -147,10 +182,22 @@ def _decoding_core(source: ModelSource, args: argparse.Namespace) -> tuple[Engin
         for output in core.step():
             assert output.finish_reason is None
             generated[output.request_id] += len(output.token_ids)
-    return core, args.context + sum(generated.values()) / args.batch_size
+    # Drawn before: on the card's time nobody waits for them.
+    num_steps = NUM_WARM_UPS + 2 * args.steps if prompts else 0
+    arrivals = [random_prompts(source.model, prompts, f"step {number}") for number in range(num_steps)]
+    request_ids = itertools.count(args.batch_size)
+
+    def step() -> Any:
+        for prompt in arrivals.pop() if arrivals else ():
+            core.add(greedy_request(next(request_ids), prompt, 1))
+        return core.step()
+
+    for _ in range(NUM_WARM_UPS if prompts else 0):
+        step()
+    return core, args.context + sum(generated.values()) / max(args.batch_size, 1), step
 
 
-def _timed(core: EngineCore, num_steps: int) -> Timing:
+def _timed(core: EngineCore, step: Callable[[], Any], num_steps: int) -> Timing:
     """Steps as they are when the engine serves; the clocks around their parts cost the host a microsecond each."""
     seconds: dict[str, float] = defaultdict(float)
 
@@ -178,7 +225,7 @@ def _timed(core: EngineCore, num_steps: int) -> Timing:
     host = -core.stats().step_cpu_s
     started = time.perf_counter()
     for _ in range(num_steps):
-        encode(core.step())
+        encode(step())
     _synchronise()
     wall = time.perf_counter() - started
     host += core.stats().step_cpu_s + seconds["message"]
@@ -187,7 +234,7 @@ def _timed(core: EngineCore, num_steps: int) -> Timing:
     return Timing(wall=wall / num_steps, host=host / num_steps, parts=parts)
 
 
-def _profiled(core: EngineCore, num_steps: int, path: Path | None) -> Account:
+def _profiled(step: Callable[[], Any], num_steps: int, path: Path | None) -> Account:
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -198,7 +245,7 @@ def _profiled(core: EngineCore, num_steps: int, path: Path | None) -> Account:
     _synchronise()
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(num_steps):
-            core.step()
+            step()
         _synchronise()
     with tempfile.TemporaryDirectory() as directory:
         path = path or Path(directory) / "trace.json"
