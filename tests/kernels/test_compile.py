@@ -7,13 +7,15 @@ directory that holds it. A case a kernel and architecture is compiled, with TRIT
 from __future__ import annotations
 
 import ast
+import atexit
 import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import pytest
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "backend" / "tritonmind" / "kernels"
 # The release that docs/benchmarks was measured with; .ci/run installs it beside the other.
 MEASURED_TRITON = "3.6.0"
-MEASURED_TRITON_DIR = os.environ.get("TRITONMIND_MEASURED_TRITON")
+MEASURED_TRITON_DIR = Path(directory).resolve() if (directory := os.environ.get("TRITONMIND_MEASURED_TRITON")) else None
 MAX_SECONDS = 900
 # Shared memory that a program may have, bytes.
 MAX_SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -58,22 +60,44 @@ def kernels_on_disk() -> frozenset[str]:
     return frozenset(jitted & launched)
 
 
+class Compilation(NamedTuple):
+    """compile_kernels.py in a process of its own: this one's kernels are the interpreter's."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    errors: IO[bytes]
+
+
 @functools.cache
-def reports(directory: str | None) -> list[Report]:
-    """What compile_kernels.py says, in a process of its own: this one's kernels are the interpreter's."""
+def started(directory: Path | None) -> Compilation:
+    """It begins, with the Triton in this directory, or the installed one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([directory] * bool(directory) + [str(ROOT / "backend"), str(ROOT)])
+    before = [] if directory is None else [str(directory)]
+    environment["PYTHONPATH"] = os.pathsep.join([*before, str(ROOT / "backend"), str(ROOT)])
     one = os.environ.get("TRITONMIND_COMPILE", "one") == "one"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_kernels", *["--one"] * one],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=MAX_SECONDS,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    # Files, not pipes, which would fill up while the other process is waited for.
+    output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - the process outlives this call
+    command = ["nice", sys.executable, "-m", "tests.kernels.compile_kernels", *["--one"] * one]
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=errors)
+    atexit.register(process.kill)
+    return Compilation(process, output, errors)
+
+
+@functools.cache
+def reports(directory: Path | None) -> list[Report]:
+    """What it says."""
+    process, output, errors = started(directory)
+    exit_code = process.wait(MAX_SECONDS)
+    for file in (output, errors):
+        file.seek(0)
+    assert exit_code == 0, errors.read()[-3000:].decode()
+    return [json.loads(line) for line in output.read().splitlines()]
+
+
+def begin() -> None:
+    """Both releases of Triton compile, beside each other and beside the other tests."""
+    for directory in {None, MEASURED_TRITON_DIR}:
+        started(directory)
 
 
 @pytest.fixture(params=["installed", "measured"])
@@ -81,9 +105,9 @@ def compiled(request: pytest.FixtureRequest) -> list[Report]:
     """The reports of both releases of Triton."""
     if request.param == "installed":
         return reports(None)
-    if not MEASURED_TRITON_DIR:
+    if MEASURED_TRITON_DIR is None:
         pytest.skip(f"TRITONMIND_MEASURED_TRITON names no directory with Triton {MEASURED_TRITON}")
-    found = reports(str(Path(MEASURED_TRITON_DIR).resolve()))
+    found = reports(MEASURED_TRITON_DIR)
     assert {report["triton"] for report in found} == {MEASURED_TRITON}
     return found
 
