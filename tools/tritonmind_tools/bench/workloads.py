@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.text_data import read_entries
 
 FILES = Path(__file__).resolve().parent / "workload_files"
 COLUMNS = ("prompt_tokens", "output_tokens")
@@ -56,7 +54,7 @@ def _read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[tuple[i
         raise ConfigError(f"{path} holds texts: a tokenizer must count their tokens; name one with --tokenizer DIR")
     requests = []
     num_conversations = 0
-    for conversation in _conversations(path):
+    for conversation in read_entries(path):
         turns = conversation.get("conversations") if isinstance(conversation, dict) else None
         values = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)] if isinstance(turns, list) else []
         texts = [value for value in values if isinstance(value, str)]
@@ -71,25 +69,3 @@ def _read_sharegpt(path: Path, count_tokens: CountTokens | None) -> list[tuple[i
             f"{MIN_TOKENS} to {MAX_PROMPT_TOKENS} tokens, and an answer that make at most {MAX_TOKENS} together"
         )
     return requests
-
-
-def _conversations(path: Path) -> Iterator[Any]:
-    """Entries of the file's array, one by one; of a file that is cut off, those that are whole."""
-    try:
-        import ijson
-    except ImportError:
-        try:
-            entries = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ConfigError(
-                f"{path} is no whole JSON ({error}); with pip install ijson what is whole of it can be read"
-            ) from None
-        if not isinstance(entries, list):
-            raise ConfigError(f"{path} holds no JSON array of conversations") from None
-        yield from entries
-        return
-    with path.open("rb") as file:
-        try:
-            yield from ijson.items(file, "item")
-        except ijson.JSONError:
-            print(f"{path} is cut off or damaged: what is whole before that is taken", file=sys.stderr)
