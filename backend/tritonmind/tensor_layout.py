@@ -17,6 +17,8 @@ from tritonmind.errors import ConfigError
 # Weight type of config.ini -> dtype name in a safetensors header.
 STORED_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+# Beside the weights where `tritonmind lite kv_qparams` has written it: scales of an int8 KV cache with quant_policy 4.
+KV_SCALES_FILE = "kv_scales.safetensors"
 
 
 class TensorSpec(NamedTuple):
@@ -57,6 +59,14 @@ def tensor_specs(model: ModelConfig, tp: int, rank: int) -> dict[str, TensorSpec
     check_tensor_parallel(model, tp)
     assert 0 <= rank < tp
     return _by_name(_ranked(model, tp, rank), _stored_dtype(model))
+
+
+def kv_scale_specs(model: ModelConfig, tp: int) -> list[list[TensorSpec]]:
+    """Tensors of KV_SCALES_FILE by rank and layer: [k_scale, k_zero, v_scale, v_zero], see kernels/kv_quant.py."""
+    return [
+        [TensorSpec(f"layers.{i}.past_kv_scale.{rank}", (4,), "F32") for i in range(model.num_layers)]
+        for rank in range(tp)
+    ]
 
 
 def _stored_dtype(model: ModelConfig) -> str:
