@@ -37,8 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @torch.inference_mode()
-def prompt_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
-    """Logits after every token of a prompt that is computed in one chunk, [len(token_ids), vocab_size]."""
+def prompt_logits(runner: ModelRunner, token_ids: list[int], rows: list[int] | None = None) -> torch.Tensor:
+    """Logits after the tokens in `rows`, by default all, of a prompt that is computed in one chunk."""
     length, block_size = len(token_ids), runner.config.cache.block_size
     num_blocks = -(-length // block_size)
     # Not in order, so that a block table is needed.
@@ -49,7 +49,7 @@ def prompt_logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
     inputs = ModelInputs(
         token_ids=torch.tensor(token_ids),
         positions=positions,
-        logits_rows=positions,
+        logits_rows=positions if rows is None else torch.tensor(rows, dtype=torch.int32),
         attention=AttentionMetadata(
             num_decodes=0,
             slot_mapping=slot_mapping,
@@ -95,6 +95,24 @@ def test_tiny_llama_equals_transformers(variant: str, tmp_path: Path) -> None:
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.token_ids) == 64 and answer.finish_reason == "length"
         assert_greedy(reference, prompt, answer.token_ids)
+
+
+def test_last_layer_computes_what_is_asked_for(tmp_path: Path) -> None:
+    make_llama_checkpoint(tmp_path / "checkpoint", seed=5)
+    workspace = Workspace.open(convert(tmp_path / "checkpoint", tmp_path / "workspace", "--weight-type", "fp32"))
+    runner = ModelRunner(workspace, workspace.engine_config(device="cpu", cache_max_entry_count=40))
+    computed: list[int] = []
+    for layer in runner.model.layers:
+        layer.w2.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
+    prompt = torch.randint(3, 300, (70,)).tolist()
+    every = prompt_logits(runner, prompt)
+    assert computed == [70] * len(computed)
+    computed.clear()
+    torch.testing.assert_close(prompt_logits(runner, prompt, [69, 3]), every[[69, 3]], rtol=1e-4, atol=1e-4)
+    assert computed == [70] * (len(computed) - 1) + [2]
+    # In the midst of a prompt nothing is asked for, but K and V are written: the rest of the answer needs them.
+    computed.clear()
+    assert prompt_logits(runner, prompt, []).shape == (0, every.shape[1]) and computed[-1] == 0
 
 
 @pytest.fixture(scope="module")

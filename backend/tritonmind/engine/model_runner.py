@@ -142,7 +142,7 @@ class ModelRunner:
             else:
                 self._decode_greedily(step.num_decodes, step.max_context_len)
             return StepHandle(self._builder.finish(step))
-        hidden = self._forward(step)
+        hidden = self._forward(step, every_row=any(item.seq.prompt_logprobs is not None for item in output.prefills))
         prompts = None
         if hidden is not None:
             prompts = logprobs.of_prompts(self.model, hidden, output.prefills, self._spare_logits)
@@ -167,8 +167,11 @@ class ModelRunner:
         num_top = [item.seq.request.num_logprobs for item in sampling]
         return logprobs.of_draws(logits, self._sampler.token_ids[:num_rows], num_top)
 
-    def _forward(self, step: Step) -> HiddenStates | None:
-        """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none."""
+    def _forward(self, step: Step, *, every_row: bool = False) -> HiddenStates | None:
+        """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none.
+
+        every_row: the hidden states of all tokens are wanted, for log-probabilities of a prompt.
+        """
         if not step.num_prefills:
             if self._graphs is not None:
                 self._graphs.decode.replay(bucket_of(self._buckets, step.num_decodes))
@@ -176,9 +179,10 @@ class ModelRunner:
                 self._decode(step.num_decodes, step.max_context_len)
             return None
         inputs = self._builder.model_inputs(step)
-        hidden = self.model.hidden_states(inputs, self.kv_caches)
+        rows = inputs.logits_rows
+        hidden = self.model.hidden_states(inputs, self.kv_caches, rows=None if every_row else rows)
         if step.num_samples:
-            self.model.logits(hidden, inputs.logits_rows, out=self.logits[: step.num_samples])
+            self.model.logits(hidden, rows if every_row else None, out=self.logits[: step.num_samples])
         return hidden
 
     def _decode(self, num_rows: int, max_context_len: int = 0) -> None:

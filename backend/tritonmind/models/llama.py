@@ -49,11 +49,15 @@ class LlamaLayer(nn.Module):
         cos_sin: torch.Tensor,
         inputs: ModelInputs,
         kv_cache: tuple[torch.Tensor, torch.Tensor],
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows: [n] int32, the tokens that the results are wanted of; None for all. K and V are written of all."""
         x, residual = self.attention_norm(x, residual)
         # What comes out of w_qkv, wo and w2 may be partial sums: the kernel that reads it adds them up.
         qkv = self.w_qkv(x, partial_sums=True)
         x = self.attention(qkv, cos_sin, inputs.positions, kv_cache, inputs.attention)
+        if rows is not None:
+            x, residual = gather_rows(x, rows), gather_rows(residual, rows)
         x, residual = self.ffn_norm(self.wo(x, partial_sums=True), residual)
         return self.w2(self.w13(x), partial_sums=True), residual
 
@@ -84,15 +88,22 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, inputs: ModelInputs, kv_caches: KVCaches, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """-> logits [num_samples, vocab_size], in `out` if given. Writes the step's K and V into `kv_caches`."""
-        return self.logits(self.hidden_states(inputs, kv_caches), inputs.logits_rows, out=out)
+        return self.logits(self.hidden_states(inputs, kv_caches, rows=inputs.logits_rows), None, out=out)
 
-    def hidden_states(self, inputs: ModelInputs, kv_caches: KVCaches) -> HiddenStates:
-        """Run the layers over the step's tokens."""
+    def hidden_states(
+        self, inputs: ModelInputs, kv_caches: KVCaches, *, rows: torch.Tensor | None = None
+    ) -> HiddenStates:
+        """Run the layers over the step's tokens.
+
+        rows: [n] int32, the tokens whose hidden states are wanted, None for all. Of the others the last layer computes
+        K and V only: with one row a prompt, that saves most of a layer.
+        """
         inputs = with_decode_plan(inputs, kv_caches[0], num_heads=self.config.num_heads)
         x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
+        last = self.layers[-1]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache)
+            x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache, rows if layer is last else None)
         assert residual is not None  # a model has at least one layer
         return HiddenStates(x, residual)
 
