@@ -15,34 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.test_tensor_layout import INT4, MODEL
 from tritonmind import weight_files, workspace_writer
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError, TritonmindError, WorkspaceError
-from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+from tritonmind.tensor_layout import TensorSpec, common_tensor_specs, tensor_specs
 from tritonmind.weight_files import ShardWriter, plan_shards, torch_dtype
 from tritonmind.workspace import Workspace, is_workspace
 from tritonmind.workspace_writer import WorkspaceWriter
 
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    model_name="tiny",
-    vocab_size=300,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=256,
-    qkv_bias=True,
-    o_bias=True,
-    weight_type="bf16",
-    bos_token_id=1,
-    eos_token_ids=(2, 3),
-)
 TP = 2
+
+
+def random_tensor(spec: TensorSpec) -> torch.Tensor:
+    dtype = torch_dtype(spec.dtype)
+    if dtype == torch.int32:
+        return torch.randint(-(2**31), 2**31, spec.shape, dtype=torch.int32)
+    return torch.randn(spec.shape).to(dtype)
 
 
 def write_workspace(
@@ -52,7 +41,7 @@ def write_workspace(
     specs = common_tensor_specs(model)
     for rank in range(tp):
         specs |= tensor_specs(model, tp, rank)
-    tensors = {name: torch.randn(spec.shape).to(torch_dtype(spec.dtype)) for name, spec in specs.items()}
+    tensors = {name: random_tensor(spec) for name, spec in specs.items()}
     writer = WorkspaceWriter(
         destination,
         model,
@@ -125,10 +114,11 @@ def test_opens_from_root_model_and_version_directory(root: Path, part: str) -> N
     assert workspace.engine_config(max_num_seqs=2).scheduler.max_num_seqs == 2
 
 
-@pytest.mark.parametrize("weight_type", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("weight_type", ["fp16", "bf16", "fp32", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_tensors_come_back_bit_for_bit(tmp_path: Path, weight_type: str, tied: bool) -> None:
-    model = dataclasses.replace(MODEL, weight_type=weight_type, tie_word_embeddings=tied)  # type: ignore[arg-type]
+    model = INT4 if weight_type == "int4" else dataclasses.replace(MODEL, weight_type=weight_type)  # type: ignore[arg-type]
+    model = dataclasses.replace(model, tie_word_embeddings=tied)
     written = write_workspace(tmp_path / "workspace", model)
     workspace = Workspace.open(tmp_path / "workspace")
     seen: set[str] = set()

@@ -19,7 +19,12 @@ from tritonmind.errors import ConfigError
 # time. The server itself tells a model of its exit only once the model's last request has ended.
 DRAIN_FILE_VARIABLE = "TRITONMIND_DRAIN_FILE"
 
+FloatType = Literal["fp16", "bf16", "fp32"]
 WeightType = Literal["fp16", "bf16", "fp32", "int4"]
+# Weights of the input dimension that may share a scale when they are in 4 bits.
+GROUP_SIZES = (32, 64, 128)
+# Outputs whose 4-bit weights share a stored word.
+INT4_PER_WORD = 8
 T = TypeVar("T")
 
 
@@ -46,7 +51,8 @@ class RopeScaling:
 class ModelConfig:
     """Facts of a decoder, as `weights/model.json` holds them.
 
-    `weight_type` is the type of the stored linear weights; `group_size` is 0 unless they are int4.
+    `weight_type` is the type of the stored linear weights of the layers; `group_size` is 0 unless they are int4, and
+    `unquantized_type`, the type of everything else, says something only then: read `float_type`.
     """
 
     architecture: str
@@ -67,6 +73,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     weight_type: WeightType
     group_size: int = 0
+    unquantized_type: FloatType = "fp16"
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
 
@@ -87,6 +94,44 @@ class ModelConfig:
             raise ConfigError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding pairs its halves")
+        if self.weight_type == "int4":
+            self._check_groups()
+        elif self.group_size:
+            raise ConfigError(f"group_size={self.group_size} must be 0 for weight_type={self.weight_type}")
+
+    def _check_groups(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(
+                f"group_size={self.group_size} must be one of {', '.join(map(str, GROUP_SIZES))} for weight_type=int4"
+            )
+        widths = self.input_widths
+        fitting = [str(size) for size in GROUP_SIZES if not any(width % size for width in widths.values())]
+        remedy = f"use {' or '.join(fitting)}" if fitting else "keep this model's weights in 16 bits"
+        for name, width in widths.items():
+            if width % self.group_size:
+                raise ConfigError(f"group_size={self.group_size} does not divide {name}={width}: {remedy}")
+        for name, width in self.output_widths.items():
+            if width % INT4_PER_WORD:
+                raise ConfigError(f"{name}={width} must be a multiple of {INT4_PER_WORD} for weight_type=int4")
+
+    @property
+    def input_widths(self) -> dict[str, int]:
+        """What the linear layers read, by name."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_heads*head_dim": self.num_heads * self.head_dim,
+            "intermediate_size": self.intermediate_size,
+        }
+
+    @property
+    def output_widths(self) -> dict[str, int]:
+        """What the linear layers write, by name; q, k and v each by itself."""
+        return {**self.input_widths, "num_kv_heads*head_dim": self.num_kv_heads * self.head_dim}
+
+    @property
+    def float_type(self) -> FloatType:
+        """The type of the tensors that are not in 4 bits: all of them, where none is."""
+        return self.unquantized_type if self.weight_type == "int4" else self.weight_type
 
     @property
     def attn_bias(self) -> bool:

@@ -74,10 +74,10 @@ class WeightIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name: F16, BF16 or F32."""
+    """The torch dtype of a safetensors dtype name: F16, BF16, F32 or I32."""
     import torch
 
-    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[name]
+    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}[name]
 
 
 def plan_shards(
@@ -226,8 +226,11 @@ def to_stored(spec: TensorSpec, block: torch.Tensor) -> torch.Tensor:
     import torch
 
     dtype = torch_dtype(spec.dtype)
+    assert block.is_floating_point() == dtype.is_floating_point, f"{spec.name} came as {block.dtype}"
     stored = block.to(dtype)
     if dtype == torch.float16 and block.dtype != dtype and not torch.isfinite(stored).all():
+        if spec.name.endswith(".scales"):
+            raise CheckpointError(f"{spec.name} holds scales that fp16 cannot: 4-bit weights have fp16 scales")
         raise CheckpointError(
             f"{spec.name} holds values that fp16 cannot: convert with --weight-type bf16 or --weight-type fp32, "
             "or serve the checkpoint with dtype bf16 or fp32"

@@ -216,7 +216,7 @@ def test_other_failures_of_the_first_kernel() -> None:
 
 def test_the_type_to_compute_in() -> None:
     def config(weight_type: Any, dtype: Any) -> EngineConfig:
-        model = dataclasses.replace(MODEL, weight_type=weight_type)
+        model = dataclasses.replace(MODEL, weight_type=weight_type, group_size=128 if weight_type == "int4" else 0)
         return dataclasses.replace(CONFIG, model=model, dtype=dtype)
 
     assert device.resolve_dtype(config("bf16", "auto"), CUDA) == torch.bfloat16

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tritonmind import config
 from tritonmind.kernels.awq_format import (
     GROUP_SIZES,
+    NIBBLES_PER_WORD,
     AwqWeight,
     dequantize,
     group_params,
@@ -20,6 +22,10 @@ from tritonmind.kernels.awq_format import (
 
 # Half a level, and what 15 levels lose when their scale is rounded to fp16.
 MAX_ERROR_LEVELS = 0.5 + 15 * 2.0**-11
+
+
+def test_the_configuration_knows_the_same_sizes() -> None:
+    assert (config.GROUP_SIZES, config.INT4_PER_WORD) == (GROUP_SIZES, NIBBLES_PER_WORD)
 
 
 def test_columns_in_a_word() -> None:
