@@ -1,0 +1,116 @@
+"""A checkpoint read one decoder layer at a time, in fp32, and what tells it from another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritonmind.checkpoints.plan import EMBEDDING, Step, check_tensors, conversion_plan
+from tritonmind.checkpoints.reading import model_config, open_checkpoint
+from tritonmind.checkpoints.source import Checkpoint
+from tritonmind.checkpoints.tokenizer_files import special_token_id
+from tritonmind.errors import CheckpointError
+from tritonmind_tools.lite.decoder_layer import DecoderLayer
+
+if TYPE_CHECKING:
+    import torch
+
+_RANKS = 1
+# Differ between copies of one model without making another one of it.
+_UNIMPORTANT_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+class LayerSource:
+    """A checkpoint opened for calibration: its layers are read when they are asked for, and not kept.
+
+    Raises CheckpointError for a checkpoint that cannot be served, and for one that is quantised already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        refuse_quantised(self.checkpoint.config, path)
+        name = path.resolve()
+        self.model = model_config(
+            self.checkpoint,
+            model_name=name.name if path.is_dir() else name.stem,
+            weight_type="fp32",
+            special_token_id=lambda role: special_token_id(self.tokenizer_dir, role),
+        )
+        check_tensors(self.model, self.checkpoint.tensors, path)
+        self._steps: dict[str, Step] = {step.target: step for step in conversion_plan(self.model, _RANKS)}
+
+    @cached_property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer's files: the checkpoint's own directory, else one that lives as long as this object."""
+        in_place = self.checkpoint.tokenizer_in_place()
+        if in_place is not None:
+            return in_place
+        directory = Path(tempfile.mkdtemp(prefix="tritonmind-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self.checkpoint.write_tokenizer(directory)
+        return directory
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of tensor_layout, of rank 0 out of 1, in fp32 on the CPU."""
+        import torch
+
+        blocks = [self.checkpoint.read(*part).float() for part in self._steps[name].parts]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def layer(self, number: int, cos_sin: torch.Tensor) -> DecoderLayer:
+        """Decoder layer `number`, on the device of `cos_sin` [positions, head_dim]."""
+        prefix = f"layers.{number}."
+        tensors = {
+            name.removeprefix(prefix).replace(".0.", "."): self.tensor(name).to(cos_sin.device)
+            for name in self._steps
+            if name.startswith(prefix)
+        }
+        return DecoderLayer.from_tensors(self.model, cos_sin, tensors)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings of samples [N, T]: [N, T, hidden_size] fp32."""
+        import torch
+
+        # In the checkpoint's own type: only what is looked up becomes fp32, one sample after the other.
+        table = self.checkpoint.read(EMBEDDING, 0, 0, self.model.vocab_size)
+        hidden = torch.empty(*token_ids.shape, self.model.hidden_size)
+        for sample, ids in zip(hidden, token_ids, strict=True):
+            sample.copy_(table[ids.long()])
+        return hidden
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and over name, shape and first row of every tensor.
+
+        A row of each, not every byte: that takes a moment for a model of any size, and training changes all of them.
+        """
+        digest = hashlib.sha256(_canonical_config(self.checkpoint.config))
+        by_file = sorted(self.checkpoint.tensors.items(), key=lambda item: (str(item[1].file.name), item[0]))
+        rows = {name: self.checkpoint.read(name, 0, 0, 1).float() for name, _ in by_file}
+        for name, row in sorted(rows.items()):
+            digest.update(f"{name} {list(self.checkpoint.tensors[name].shape)}\n".encode())
+            digest.update(row.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError for a checkpoint whose config.json says that it is quantised."""
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{path} is quantised already (quantization_config: {method}): "
+            "give the fp16, bf16 or fp32 checkpoint that it was made from"
+        )
+
+
+def _canonical_config(config: Mapping[str, Any]) -> bytes:
+    kept = {key: value for key, value in config.items() if key not in _UNIMPORTANT_KEYS}
+    return json.dumps(kept, sort_keys=True).encode()
