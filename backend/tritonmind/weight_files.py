@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -197,16 +197,32 @@ def read_tensors(path: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[str,
                         f"{path}: tensor {name} is not one of this model: convert the checkpoint again"
                     )
             for name, spec in expected.items():
-                found = file.get_slice(name)
-                shape, dtype = tuple(found.get_shape()), found.get_dtype()
-                if (shape, dtype) != (spec.shape, spec.dtype):
-                    raise WorkspaceError(
-                        f"{path}: tensor {name} is {dtype}{list(shape)}, "
-                        f"the model needs {spec.dtype}{list(spec.shape)}: {CONVERT_AGAIN}"
-                    )
-                yield name, file.get_tensor(name)
+                yield name, _checked_tensor(file, path, spec)
     except (SafetensorError, OSError) as error:
         raise WorkspaceError(f"{path} cannot be read: {error}") from None
+
+
+def read_tensor(path: Path, spec: TensorSpec) -> torch.Tensor:
+    """One tensor of a safetensors file, which may hold others. Raises WorkspaceError as read_tensors does."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _checked_tensor(file, path, spec)
+    except (SafetensorError, OSError) as error:
+        raise WorkspaceError(f"{path} cannot be read: {error}") from None
+
+
+def _checked_tensor(file: Any, path: Path, spec: TensorSpec) -> torch.Tensor:
+    found = file.get_slice(spec.name)
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if (shape, dtype) != (spec.shape, spec.dtype):
+        raise WorkspaceError(
+            f"{path}: tensor {spec.name} is {dtype}{list(shape)}, "
+            f"the model needs {spec.dtype}{list(spec.shape)}: {CONVERT_AGAIN}"
+        )
+    tensor: torch.Tensor = file.get_tensor(spec.name)
+    return tensor
 
 
 def _header(specs: list[TensorSpec]) -> bytes:

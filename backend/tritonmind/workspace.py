@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from tritonmind.config import EngineConfig, ModelConfig, from_dict
 from tritonmind.config_ini import build_engine_config, read_config_ini
 from tritonmind.errors import ConfigError, WorkspaceError
-from tritonmind.tensor_layout import TensorSpec, check_tensor_parallel, common_tensor_specs, tensor_specs
+from tritonmind.tensor_layout import (
+    KV_SCALES_FILE,
+    TensorSpec,
+    check_tensor_parallel,
+    common_tensor_specs,
+    kv_scale_specs,
+    tensor_specs,
+)
 from tritonmind.weight_files import (
     CONVERT_AGAIN,
     INDEX_NAME,
     WeightIndex,
     check_chunk,
     num_chunks,
+    read_tensor,
     read_tensors,
 )
 
@@ -109,6 +117,22 @@ class Workspace:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def kv_scales(self, rank: int) -> torch.Tensor | None:
+        """Scales of a calibrated int8 KV cache, [num_layers, 4] fp32: k_scale, k_zero, v_scale, v_zero of each layer.
+
+        None where `tritonmind lite kv_qparams` has not written them. Raises WorkspaceError for a file that was altered.
+        """
+        import torch
+
+        entry = self.index.files.get(KV_SCALES_FILE)
+        if entry is None:
+            return None
+        path = self.weights_dir / KV_SCALES_FILE
+        for number in range(len(entry.sha256)):
+            check_chunk(path, entry, self.index.chunk_bytes, number)
+        specs = kv_scale_specs(self.model, self.index.tensor_parallel_size)[rank]
+        return torch.stack([read_tensor(path, spec) for spec in specs])
+
     def _specs(self, ranks: Iterable[int]) -> dict[str, TensorSpec]:
         specs = common_tensor_specs(self.model)
         for rank in ranks:
@@ -125,6 +149,8 @@ class Workspace:
             )
         check_tensor_parallel(self.model, tp)
         expected = self._specs(range(tp))
+        if KV_SCALES_FILE in index.files:
+            expected |= {spec.name: spec for specs in kv_scale_specs(self.model, tp) for spec in specs}
         for name in expected.keys() - index.tensors.keys():
             raise WorkspaceError(f"{where}: tensor {name} is missing: {CONVERT_AGAIN}")
         for name in index.tensors.keys() - expected.keys():

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from tritonmind import __version__
 from tritonmind.config import ModelConfig, to_dict
 from tritonmind.config_ini import render_config_ini
 from tritonmind.errors import WorkspaceError
 from tritonmind.resources import resource
-from tritonmind.tensor_layout import TensorSpec, common_tensor_specs, tensor_specs
+from tritonmind.tensor_layout import KV_SCALES_FILE, TensorSpec, common_tensor_specs, kv_scale_specs, tensor_specs
 from tritonmind.weight_files import CHUNK_BYTES, FORMAT_VERSION, INDEX_NAME, ShardWriter, WeightIndex, plan_shards
-from tritonmind.workspace import CONFIG_INI, MODEL_DIR, MODEL_JSON, VERSION, is_workspace
+from tritonmind.workspace import CONFIG_INI, MODEL_DIR, MODEL_JSON, VERSION, Workspace, is_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +135,46 @@ class WorkspaceWriter:
         self._stack.pop_all()
 
 
+def write_kv_scales(workspace: Workspace, scales: list[list[torch.Tensor]]) -> None:
+    """Put the scales of a calibrated int8 KV cache into a workspace that is there, in place of earlier ones.
+
+    scales: by rank and layer, [k_scale, k_zero, v_scale, v_zero] fp32. Stopped at any point, this leaves a workspace
+    that can be opened, with new scales, with the earlier ones or with none.
+    """
+    index, where = workspace.index, workspace.weights_dir / INDEX_NAME
+    kept = {name: file for name, file in index.tensors.items() if file != KV_SCALES_FILE}
+    if kept != index.tensors:
+        # The index names the file by its checksum: first it must not name it any more.
+        without = {name: entry for name, entry in index.files.items() if name != KV_SCALES_FILE}
+        index = msgspec.structs.replace(index, tensors=kept, files=without)
+        _replace_file(where, index.write)
+    by_rank = kv_scale_specs(workspace.model, index.tensor_parallel_size)
+    specs = [spec for rank in by_rank for spec in rank]
+    entries = []
+
+    def write(path: Path) -> None:
+        with ShardWriter(path, specs) as writer:
+            for spec, values in zip(specs, (values for rank in scales for values in rank), strict=True):
+                writer.write(spec.name, [values])
+            entries.append(writer.finish())
+
+    _replace_file(workspace.weights_dir / KV_SCALES_FILE, write)
+    tensors = index.tensors | {spec.name: KV_SCALES_FILE for spec in specs}
+    index = msgspec.structs.replace(index, tensors=tensors, files=index.files | {KV_SCALES_FILE: entries[0]})
+    _replace_file(where, index.write)
+
+
+def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside `path`, flushed to the disk, then put it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -158,11 +201,15 @@ def check_destination(destination: Path, force: bool) -> None:
 def _sync_tree(root: Path) -> None:
     for directory, _, files in os.walk(root):
         for path in (*(Path(directory, file) for file in files), Path(directory)):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:

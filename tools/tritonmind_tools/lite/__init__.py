@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.lite import calibrate
+from tritonmind_tools.lite import calibrate, kv_qparams
 
 
 def register(commands: Any) -> None:
@@ -13,3 +13,4 @@ def register(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("lite", help="calibrate and quantise a checkpoint")
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     calibrate.register(kinds)
+    kv_qparams.register(kinds)

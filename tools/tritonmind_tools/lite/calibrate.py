@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.lite.options import DEFAULT_WORK_DIR, add_common_options, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 DEFAULT_DATASET = "c4"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
-DEFAULT_WORK_DIR = Path("work_dir")
-DEVICES = ("auto", "cpu", "cuda")
 # The least time between two states on the disk: writing one takes seconds for a model of 7B.
 STATE_INTERVAL_S = 60.0
 
@@ -36,7 +35,7 @@ def register(commands: Any) -> None:
         description="Measure a checkpoint's activations on samples of text, layer by layer. An interrupted run goes on "
         "where it was when the same command is given again.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory or .gguf file")
+    add_common_options(parser)
     parser.add_argument(
         "--calib-dataset",
         default=DEFAULT_DATASET,
@@ -47,14 +46,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--calib-samples", type=int, default=DEFAULT_SAMPLES, help="default: %(default)s")
     parser.add_argument("--calib-seqlen", type=int, default=DEFAULT_SEQLEN, help="tokens of one (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: %(default)s)")
-    add_common_options(parser)
     parser.set_defaults(run=run)
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """--work-dir and --device."""
-    parser.add_argument("--work-dir", type=Path, default=DEFAULT_WORK_DIR, help="default: ./%(default)s")
-    parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="auto is a GPU where there is one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,16 +129,6 @@ def calibrate(
     _run_layers(source, state, tokens, torch_device, state_interval_s, on_progress)
     state.finish()
     return manifest
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name. Raises ConfigError for a GPU that is not there."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("--device=cuda: PyTorch finds no GPU; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def host_bytes(model: ModelConfig, num_samples: int, seqlen: int, device: str) -> int:
