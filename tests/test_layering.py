@@ -24,7 +24,7 @@ SERVER_API = "triton_python_backend_utils"
 
 # Within the package each folder may import itself, what stands here, and the modules below all folders.
 FOLDERS_BELOW = {
-    "checkpoints": set(),
+    "checkpoints": {"kernels"},
     "kernels": set(),
     "layers": {"kernels"},
     "models": {"layers", "kernels"},

@@ -29,6 +29,7 @@ def test_convert_defaults_are_the_functions() -> None:
     args = cli.build_parser().parse_args(["convert", "name", "path"])
     assert (args.dst_path, args.tp, args.weight_type) == (convert.DEFAULT_DESTINATION, convert.DEFAULT_TP, convert.AUTO)
     assert (args.tokenizer_path, args.force, args.triton_batch_dim) == (None, False, False)
+    assert (args.model_format, args.group_size) == (convert.AUTO, 0)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_rotary_settings_of_either_transformers(
         ({"num_attention_heads": 0}, "num_heads=0 must be positive"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is not supported"),
+        ({"quantization_config": [4]}, "quantization_config=[4] is not an object"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "type 'yarn' is not supported; supported are linear",

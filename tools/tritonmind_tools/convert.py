@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritonmind.checkpoints.reading import AUTO, WEIGHT_TYPES
+from tritonmind.checkpoints.reading import AUTO, DEFAULT_GROUP_SIZE, MODEL_FORMATS, WEIGHT_TYPES
+from tritonmind.config import GROUP_SIZES
 from tritonmind.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_DESTINATION = Path("workspace")
 DEFAULT_TP = 1
-MODEL_FORMATS = ("hf",)
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -40,8 +40,17 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--model-format",
         choices=MODEL_FORMATS,
-        default=MODEL_FORMATS[0],
-        help="names of the tensors; a .gguf file is recognised by its name (default: %(default)s)",
+        default=AUTO,
+        help="what the weights are: hf in 16 or 32 bits, awq or gptq in 4; another than the checkpoint's is an error "
+        "(default: %(default)s, the checkpoint's)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(0, *GROUP_SIZES),
+        default=0,
+        help="4-bit weights that share a scale; another than the checkpoint's is an error (default: the checkpoint's, "
+        f"{DEFAULT_GROUP_SIZE} with --weight-type int4)",
     )
     parser.add_argument(
         "--dst-path", type=Path, default=DEFAULT_DESTINATION, help="workspace to write (default: ./%(default)s)"
@@ -54,7 +63,9 @@ def register(subparsers: Any) -> None:
         "--weight-type",
         choices=WEIGHT_TYPES,
         default=AUTO,
-        help="stored type; auto keeps fp16 and bf16 and makes fp32 to fp16 (default: %(default)s)",
+        help="stored type; auto keeps 4 bits, fp16 and bf16 and makes fp32 to fp16; int4 rounds to the nearest of 16 "
+        "levels in each group; beside weights that are in 4 bits, another type is that of all the rest "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--triton-batch-dim", action="store_true", help="write max_batch_size 1, for clients that send shapes [1, 1]"
@@ -83,12 +94,15 @@ def run(args: argparse.Namespace) -> int:
             tp=args.tp,
             tokenizer_path=args.tokenizer_path,
             weight_type=args.weight_type,
+            model_format=args.model_format,
+            group_size=args.group_size,
             triton_batch_dim=args.triton_batch_dim,
             force=args.force,
             on_progress=on_progress,
         )
+    groups = f" in groups of {model.group_size}" if model.group_size else ""
     print(
-        f"{args.dst_path}: {model.architecture}, {model.num_layers} layers, {model.weight_type}, tp {args.tp}, "
+        f"{args.dst_path}: {model.architecture}, {model.num_layers} layers, {model.weight_type}{groups}, tp {args.tp}, "
         f"converted in {time.monotonic() - started:.1f} s"
     )
     return 0
@@ -102,15 +116,18 @@ def convert(
     tp: int = DEFAULT_TP,
     tokenizer_path: Path | None = None,
     weight_type: str = AUTO,
+    model_format: str = AUTO,
+    group_size: int = 0,
     triton_batch_dim: bool = False,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ModelConfig:
     """Write the workspace `destination` from the checkpoint at `path`.
 
-    `on_progress` is called with the bytes written so far and their total. Returns the model's configuration. Raises
-    CheckpointError for a checkpoint that cannot be converted, ConfigError for options that do not fit it,
-    WorkspaceError for a destination that must not be replaced. A conversion that fails leaves nothing behind.
+    weight_type, model_format and group_size are those of `checkpoints.reading.model_config`. `on_progress` is called
+    with the bytes written so far and their total. Returns the model's configuration. Raises CheckpointError for a
+    checkpoint that cannot be converted, ConfigError for options that do not fit it, WorkspaceError for a destination
+    that must not be replaced. A conversion that fails leaves nothing behind.
     """
     from tritonmind.checkpoints.reading import model_config, open_checkpoint, read_weights
     from tritonmind.checkpoints.tokenizer_files import special_token_id
@@ -129,6 +146,8 @@ def convert(
             checkpoint,
             model_name=model_name,
             weight_type=weight_type,
+            model_format=model_format,
+            group_size=group_size,
             special_token_id=partial(special_token_id, tokenizer_dir),
         )
         check_tensor_parallel(model, tp)

@@ -27,6 +27,7 @@ class GgufCheckpoint:
     """Unlike a directory it is held in memory whole, in fp32, once a tensor is asked for: the loader's only way."""
 
     main_dtype = "F32"
+    quantization = None  # what the loader gives is dequantised
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, SourceTensor, read_json
+from tritonmind.checkpoints.quantization import QUANTIZATION_CONFIG, quantization_of
+from tritonmind.checkpoints.source import (
+    CONFIG,
+    GENERATION_CONFIG,
+    SHARD_INDEX,
+    SINGLE_FILE,
+    Quantization,
+    SourceTensor,
+    read_json,
+)
 from tritonmind.checkpoints.tokenizer_files import TOKENIZER_JSON, collect_tokenizer
 from tritonmind.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-_SINGLE = "model.safetensors"
-_SHARD_INDEX = "model.safetensors.index.json"
+# AutoGPTQ wrote it beside config.json before that had a place for it.
+_GPTQ_CONFIG = "quantize_config.json"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
 
 
@@ -27,12 +37,18 @@ class HfCheckpoint:
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path} has no {CONFIG}: it is not the directory of a Hugging Face checkpoint")
         self.config = read_json(path / CONFIG)
+        if not self.config.get(QUANTIZATION_CONFIG) and (path / _GPTQ_CONFIG).is_file():
+            self.config[QUANTIZATION_CONFIG] = {"quant_method": "gptq", **read_json(path / _GPTQ_CONFIG)}
         generation = path / GENERATION_CONFIG
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._open_file: tuple[Path, Any] | None = None
         self.tensors: dict[str, SourceTensor] = {}
         for file, indexed in self._weight_files().items():
             self._scan(file, indexed)
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        return quantization_of(self.config, self.tensors, self.path / CONFIG)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         from safetensors import SafetensorError
@@ -64,7 +80,7 @@ class HfCheckpoint:
 
     def _weight_files(self) -> dict[Path, set[str] | None]:
         """Each weight file with the names that the shard index gives it (None without an index)."""
-        index = self.path / _SHARD_INDEX
+        index = self.path / SHARD_INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -78,10 +94,10 @@ class HfCheckpoint:
                 names.add(name)
             for file in files:
                 if not file.is_file():
-                    raise CheckpointError(f"{file} is missing, but {_SHARD_INDEX} names it")
+                    raise CheckpointError(f"{file} is missing, but {SHARD_INDEX} names it")
             return files
-        if (self.path / _SINGLE).is_file():
-            return {self.path / _SINGLE: None}
+        if (self.path / SINGLE_FILE).is_file():
+            return {self.path / SINGLE_FILE: None}
         if pickles := sorted(file.name for pattern in _PICKLE_PATTERNS for file in self.path.glob(pattern)):
             raise CheckpointError(
                 f"{self.path} holds its weights only as pickle ({pickles[0]}), which can run code when loaded. If you "
@@ -90,7 +106,7 @@ class HfCheckpoint:
                 f"AutoModelForCausalLM.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR'); "
                 f"T.from_pretrained('{self.path}').save_pretrained('NEW_DIR')\""
             )
-        raise CheckpointError(f"{self.path} has neither {_SINGLE} nor {_SHARD_INDEX}")
+        raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {SHARD_INDEX}")
 
     def _scan(self, file: Path, indexed: set[str] | None) -> None:
         from safetensors import SafetensorError
@@ -103,7 +119,7 @@ class HfCheckpoint:
             raise CheckpointError(f"{file} is damaged or truncated: {error}") from None
         if indexed is not None and names != indexed:
             odd = min(names ^ indexed)
-            side = "it is not in the file" if odd in indexed else f"{_SHARD_INDEX} does not list it there"
+            side = "it is not in the file" if odd in indexed else f"{SHARD_INDEX} does not list it there"
             raise CheckpointError(f"{file}: tensor {odd}: {side}")
         for name in names:
             view = handle.get_slice(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from tritonmind.config import ModelConfig, RopeScaling, WeightType
+from tritonmind.config import FloatType, ModelConfig, RopeScaling, WeightType
 from tritonmind.errors import CheckpointError, ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -31,18 +31,16 @@ def model_config_from_hf(
     *,
     model_name: str,
     weight_type: WeightType,
+    group_size: int = 0,
+    unquantized_type: FloatType = "fp16",
     bos_token_id: int,
     eos_token_ids: tuple[int, ...],
 ) -> ModelConfig:
     """Defaults are those of Transformers' LlamaConfig. Raises CheckpointError naming `where`, the key and its value."""
     architecture = check_architecture(config, where)
-    reader = _Reader(config, where)
+    reader = ConfigReader(config, where)
     reader.refuse_unless("hidden_act", str, "silu", "silu")
     reader.refuse_unless("mlp_bias", bool, False, False)
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{where}: quantization_config is not supported: use the checkpoint in fp16, bf16 or fp32"
-        )
     num_heads = reader.get("num_attention_heads", int)
     hidden_size = reader.get("hidden_size", int)
     rope_theta, rope_scaling = _rope(reader)
@@ -70,6 +68,8 @@ def model_config_from_hf(
             o_bias=attention_bias,
             tie_word_embeddings=reader.get("tie_word_embeddings", bool, False),
             weight_type=weight_type,
+            group_size=group_size,
+            unquantized_type=unquantized_type,
             bos_token_id=bos_token_id,
             eos_token_ids=eos_token_ids,
         )
@@ -99,7 +99,9 @@ def token_ids(value: Any, where: object, key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-class _Reader:
+class ConfigReader:
+    """Typed values of a JSON object. Errors are CheckpointErrors naming `where`, the key and its value."""
+
     def __init__(self, config: Mapping[str, Any], where: object) -> None:
         self.config = config
         self.where = where
@@ -116,13 +118,13 @@ class _Reader:
             raise CheckpointError(f"{self.where}: {key}={value!r} is not of type {kind.__name__}")
         return value
 
-    def refuse_unless(self, key: str, kind: type[T], supported: T, default: T) -> None:
+    def refuse_unless(self, key: str, kind: type[T], supported: T, default: T | None = None) -> None:
         value = self.get(key, kind, default)
         if value != supported:
             raise CheckpointError(f"{self.where}: {key}={value!r} is not supported: only {supported!r} is")
 
 
-def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
+def _rope(reader: ConfigReader) -> tuple[float, RopeScaling | None]:
     """Transformers 5 writes rope_parameters; before, it was rope_theta with rope_scaling beside it."""
     config, where = reader.config, reader.where
     key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
@@ -131,7 +133,7 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
         return reader.get("rope_theta", float, 10000.0), None
     if not isinstance(rope, dict):
         raise CheckpointError(f"{where}: {key}={rope!r} is not an object")
-    inner = _Reader(rope, f"{where}: {key}")
+    inner = ConfigReader(rope, f"{where}: {key}")
     theta = inner.get("rope_theta", float, reader.get("rope_theta", float, 10000.0))
     inner.refuse_unless("partial_rotary_factor", float, 1.0, 1.0)
     rope_type = inner.get("rope_type", str, inner.get("type", str, "default"))

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from tritonmind.checkpoints.hf_config import check_architecture, model_config_from_hf, token_ids
-from tritonmind.checkpoints.plan import EMBEDDING, HEAD, check_tensors, conversion_plan
-from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, Checkpoint
-from tritonmind.config import ModelConfig, WeightType
-from tritonmind.errors import CheckpointError
+from tritonmind.checkpoints.plan import EMBEDDING, HEAD, Step, check_tensors, conversion_plan
+from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, Checkpoint, Method
+from tritonmind.config import FloatType, ModelConfig, WeightType
+from tritonmind.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-WEIGHT_TYPES = (AUTO, *(name for name in get_args(WeightType) if name != "int4"))
+WEIGHT_TYPES = (AUTO, *get_args(WeightType))
+# What the weights of a checkpoint are: in a float type, or in one of the layouts of 4 bits.
+FLOAT_FORMAT = "hf"
+MODEL_FORMATS = (AUTO, FLOAT_FORMAT, *get_args(Method))
+# Where weights are quantised while they are read.
+DEFAULT_GROUP_SIZE = 128
 
 # fp32 checkpoints are served in fp16 unless asked otherwise: half the memory, and the GPU kernels' type.
-_AUTO_WEIGHT_TYPE: dict[str, WeightType] = {"F16": "fp16", "BF16": "bf16", "F32": "fp16"}
+_AUTO_FLOAT_TYPE: dict[str, FloatType] = {"F16": "fp16", "BF16": "bf16", "F32": "fp16"}
 _COMPARED_ROWS = 8192
 
 
@@ -49,12 +54,20 @@ def _open(path: Path) -> Checkpoint:
 
 
 def model_config(
-    checkpoint: Checkpoint, *, model_name: str, weight_type: str, special_token_id: Callable[[str], int | None]
+    checkpoint: Checkpoint,
+    *,
+    model_name: str,
+    weight_type: str,
+    special_token_id: Callable[[str], int | None],
+    model_format: str = AUTO,
+    group_size: int = 0,
 ) -> ModelConfig:
     """Facts of the checkpoint's model, its weights in `weight_type` (one of WEIGHT_TYPES).
 
-    special_token_id: what the tokenizer says about a role such as "bos_token", asked where the configuration says
-    nothing. Raises CheckpointError for what cannot be served, by name.
+    4-bit weights of the checkpoint stay in 4 bits: a float type is then that of everything else. special_token_id: what
+    the tokenizer says about a role such as "bos_token", asked where the configuration says nothing. model_format (one
+    of MODEL_FORMATS) and group_size (0: any) must be the checkpoint's. Raises CheckpointError for what cannot be
+    served, by name, ConfigError for options that do not fit the checkpoint.
     """
     where = checkpoint.path / CONFIG if checkpoint.path.is_dir() else checkpoint.path
     check_architecture(checkpoint.config, where)
@@ -76,7 +89,7 @@ def model_config(
         checkpoint.config,
         where,
         model_name=model_name,
-        weight_type=_auto_weight_type(checkpoint) if weight_type == AUTO else cast(WeightType, weight_type),
+        **_stored_as(checkpoint, weight_type, model_format, group_size)._asdict(),
         bos_token_id=bos_ids[0],
         eos_token_ids=eos_ids,
     )
@@ -88,19 +101,73 @@ def read_weights(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Iterato
     Blocks have the checkpoint's own dtype and are read one tensor after the other. Raises CheckpointError, at once,
     naming the tensor that is missing, superfluous or of the wrong shape; later one that is damaged.
     """
-    check_tensors(model, checkpoint.tensors, checkpoint.path)
+    quantization = checkpoint.quantization
+    check_tensors(model, checkpoint.tensors, checkpoint.path, quantization.method if quantization else None)
     if model.tie_word_embeddings and HEAD in checkpoint.tensors:
         _check_tied_head(checkpoint)
-    return ((step.target, [checkpoint.read(*part) for part in step.parts]) for step in conversion_plan(model, tp))
+    read: Callable[[str, int, int, int], torch.Tensor] = checkpoint.read
+    if model.weight_type == "int4":
+        from tritonmind.checkpoints import int4_readers
+
+        read = int4_readers.reader(checkpoint, model)
+    return ((step.target, _blocks(read, step)) for step in conversion_plan(model, tp))
 
 
-def _auto_weight_type(checkpoint: Checkpoint) -> WeightType:
-    dtype = checkpoint.main_dtype
-    if dtype not in _AUTO_WEIGHT_TYPE:
-        raise CheckpointError(
-            f"{checkpoint.path}: its tensors are {dtype or 'none'}, not one of {', '.join(_AUTO_WEIGHT_TYPE)}"
+def _blocks(read: Callable[[str, int, int, int], torch.Tensor], step: Step) -> list[torch.Tensor]:
+    blocks = [read(*part) for part in step.parts]
+    if step.dim == 0 or len(blocks) == 1:
+        return blocks
+    import torch
+
+    return [torch.cat(blocks, step.dim)]
+
+
+class _Stored(NamedTuple):
+    """How a workspace of the checkpoint stores its weights: fields of ModelConfig."""
+
+    weight_type: WeightType
+    group_size: int = 0
+    unquantized_type: FloatType = "fp16"
+
+
+def _stored_as(checkpoint: Checkpoint, weight_type: str, model_format: str, group_size: int) -> _Stored:
+    path, quantization = checkpoint.path, checkpoint.quantization
+    found = quantization.method if quantization else FLOAT_FORMAT
+    if model_format not in (AUTO, found):
+        remedy = f"use --model-format {found}"
+        if quantization:
+            raise ConfigError(f"--model-format {model_format}, but the weights of {path} are in 4 bits: {remedy}")
+        raise ConfigError(
+            f"--model-format {model_format}, but {path} has no 4-bit weights: {remedy}, with --weight-type int4 to "
+            "round its weights"
         )
-    return _AUTO_WEIGHT_TYPE[dtype]
+    if quantization and group_size not in (0, quantization.group_size):
+        raise ConfigError(
+            f"--group-size {group_size}, but {path} has groups of {quantization.group_size}: "
+            f"use --group-size {quantization.group_size}"
+        )
+    if weight_type in get_args(FloatType):
+        float_type = cast(FloatType, weight_type)
+    else:
+        # The main type of 4-bit weights is that of their words; what is in a float type begins with the embedding.
+        embedding = checkpoint.tensors.get(EMBEDDING) if quantization else None
+        float_type = _auto_float_type(path, embedding.dtype if embedding else checkpoint.main_dtype)
+    if quantization:
+        return _Stored("int4", quantization.group_size, float_type)
+    if weight_type == "int4":
+        return _Stored("int4", group_size or DEFAULT_GROUP_SIZE, float_type)
+    if group_size:
+        raise ConfigError(
+            f"--group-size {group_size} is for 4-bit weights, and {path} has none: leave it out, or round its weights "
+            "with --weight-type int4"
+        )
+    return _Stored(float_type)
+
+
+def _auto_float_type(path: Path, dtype: str) -> FloatType:
+    if dtype not in _AUTO_FLOAT_TYPE:
+        raise CheckpointError(f"{path}: its tensors are {dtype or 'none'}, not one of {', '.join(_AUTO_FLOAT_TYPE)}")
+    return _AUTO_FLOAT_TYPE[dtype]
 
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:

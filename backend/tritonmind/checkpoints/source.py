@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from tritonmind.errors import CheckpointError
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+SINGLE_FILE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+
+
+Method = Literal["awq", "gptq"]
 
 
 class SourceTensor(NamedTuple):
@@ -24,12 +29,26 @@ class SourceTensor(NamedTuple):
     file: Path
 
 
+class Quantization(NamedTuple):
+    """A checkpoint's own layout of 4-bit weights. zero_offset: what is added to the zeros that it stores."""
+
+    method: Method
+    group_size: int
+    zero_offset: int = 0
+    desc_act: bool = False
+
+
 class Checkpoint(Protocol):
     """A checkpoint that is open. Its values are read when `read` is called."""
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The layout of its 4-bit weights, None for weights that are not quantised. Raises CheckpointError."""
+        ...
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
