@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import compare, kernels, plot, profile, serving, static, throughput, tune
+from tritonmind_tools.bench import accuracy, compare, kernels, plot, profile, serving, static, throughput, tune
 
 
 def register(commands: Any) -> None:
@@ -16,6 +16,7 @@ def register(commands: Any) -> None:
     throughput.register(kinds)
     serving.register(kinds)
     compare.register(kinds)
+    accuracy.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
     tune.register(kinds)
