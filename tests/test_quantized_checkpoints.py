@@ -101,7 +101,8 @@ def test_the_command_of_the_tutorial(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_rounding_while_converting(tmp_path: Path, tp: int) -> None:
+def test_rounding_while_converting(tmp_path: Path, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritonmind.checkpoints.int4_readers._ROUNDED_ROWS", 24)
     model = make_llama_checkpoint(tmp_path / "checkpoint", intermediate=128, dtype=torch.bfloat16)
     convert("tiny", tmp_path / "checkpoint", tmp_path / "workspace", tp=tp, weight_type="int4", group_size=32)
     state = {
@@ -185,6 +186,11 @@ DOWN = "model.layers.1.mlp.down_proj"
             f"{DOWN}.qweight has shape [11, 64], config.json asks for [12,",
         ),
         ("awq", {"qweight": lambda t: t.long()}, f"{DOWN}.qweight is I64, not one of I32"),
+        (
+            "awq",
+            {"scales": lambda t: t[::3].clone()},
+            "has shape [1, 64], config.json asks for [3, 64] with group_size=32",
+        ),
         ("awq", {"qzeros": lambda t: t.half()}, f"{DOWN}.qzeros is F16, not one of I32"),
         ("awq", {"scales": lambda t: t.int()}, f"{DOWN}.scales is I32, not one of F16"),
         ("awq", {"scales": lambda t: t.float() * 1e9}, "feed_forward.w2.0.scales holds scales that fp16 cannot"),

@@ -19,6 +19,8 @@ from tritonmind.kernels.awq_format import MAX_LEVEL, AwqWeight, pack_nibbles, qu
 Reader = Callable[[str, int, int, int], torch.Tensor]
 # q, k and v of a layer, which are read kind by kind.
 _FUSED_LAYERS = 3
+# Rounded together: what fits a CPU's cache is rounded three times as fast.
+_ROUNDED_ROWS = 512
 
 
 def reader(checkpoint: Checkpoint, model: ModelConfig) -> Reader:
@@ -64,9 +66,11 @@ def rounding_reader(checkpoint: Checkpoint, group_size: int) -> Reader:
     def quantized(module: str, dim: int, start: int, stop: int) -> AwqWeight:
         name = f"{module}.weight"
         try:
-            return quantize(checkpoint.read(name, dim, start, stop), group_size)
+            blocks = checkpoint.read(name, dim, start, stop).split(_ROUNDED_ROWS)
+            parts = [quantize(block, group_size) for block in blocks]
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.tensors[name].file}: tensor {name}: {error}") from None
+        return AwqWeight(*(torch.cat(kind, 1) for kind in zip(*parts, strict=True)))
 
     def read(name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         module, _, kind = name.rpartition(".")

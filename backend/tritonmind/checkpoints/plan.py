@@ -98,8 +98,9 @@ def check_tensors(
             _missing(name, tensors, where)
         found = tensors[name]
         if found.shape != shape:
+            groups = f" with group_size={model.group_size}" if name.endswith((".qzeros", ".scales")) else ""
             raise CheckpointError(
-                f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
+                f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}{groups}"
             )
         dtypes = (WORD_DTYPE,) if name.endswith((".qweight", ".qzeros")) else SOURCE_DTYPES
         if found.dtype not in dtypes:
