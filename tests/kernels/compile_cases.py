@@ -10,6 +10,7 @@ import torch
 
 from tritonmind.kernels import (
     SamplingState,
+    gluon_linear,
     triton_activation,
     triton_decode_attention,
     triton_gather,
@@ -23,7 +24,7 @@ from tritonmind.kernels import (
     triton_step_inputs,
     tuning,
 )
-from tritonmind.kernels.tile_table import KERNELS, Card, Tile
+from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
 
 # One card for each architecture that is compiled for, known to no file of tiles, so that it has the rules'.
 ARCHITECTURES = (Card("sm_80", (8, 0), 108), Card("sm_89", (8, 9), 128), Card("sm_90", (9, 0), 132))
@@ -69,6 +70,8 @@ def cases(card: Card) -> Iterator[Case]:
         return
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
+        if takes_many_rows(card, {"n": HIDDEN, "k": HIDDEN}):
+            yield f"{name} MANY_ROWS", functools.partial(_many_rows, dtype)
         for splits in (4, 1):
             yield f"{name} SPLITS {splits}", functools.partial(_layer, dtype, splits)
         for vocab_size in VOCAB_SIZES if dtype == torch.float16 else VOCAB_SIZES[:1]:
@@ -88,7 +91,7 @@ def _tiled(card: Card) -> Iterator[Case]:
             picked = tuning.variants(kernel, DEVICE, max_rows=MAX_ROWS, **named)
             picked += [(tile.block_m, tile) for tile in EXTRA_TILES.get(kernel, ()) if index == 0]
             for rows, tile in picked:
-                if tile.library:
+                if tile.is_whole:
                     continue
                 for dtype in (torch.float16, torch.bfloat16)[: 2 if index == 0 else 1]:
                     label = " ".join([str(dtype).removeprefix("torch."), *(f"{n}={s}" for n, s in named.items())])
@@ -109,6 +112,12 @@ def _gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -
     n, k = sizes["n"], sizes["k"]
     x, weight = torch.empty(rows, k, dtype=dtype), torch.empty(2 * n, k, dtype=dtype)
     triton_linear.gate_up(x, weight, torch.empty(rows, n, dtype=dtype), tile)
+
+
+def _many_rows(dtype: torch.dtype) -> None:
+    x, weight = torch.empty(MAX_ROWS, HIDDEN, dtype=dtype), torch.empty(HIDDEN, HIDDEN, dtype=dtype)
+    gluon_linear.linear(x, weight, torch.empty(MAX_ROWS, HIDDEN, dtype=dtype))
+    gluon_linear.gate_up(x, weight, torch.empty(MAX_ROWS, HIDDEN // 2, dtype=dtype))
 
 
 def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:

@@ -31,9 +31,16 @@ MAX_SECONDS = 900
 MAX_SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 MAX_REGISTERS = 64 << 10  # of all threads of a program
 # What only Hopper has the instructions for.
-HOPPER_KERNELS = {"_long_prefill_kernel"}
+HOPPER_KERNELS = {"_long_prefill_kernel", "_many_rows_kernel"}
 # Kernels whose time goes into loops that must keep reading while they multiply.
-PRODUCT_KERNELS = {"_decode_kernel", "_prefill_kernel", "_long_prefill_kernel", "_linear_kernel", "_gate_up_kernel"}
+PRODUCT_KERNELS = {
+    "_decode_kernel",
+    "_prefill_kernel",
+    "_long_prefill_kernel",
+    "_linear_kernel",
+    "_gate_up_kernel",
+    "_many_rows_kernel",
+}
 # Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
 MAX_STACK = 16
 
@@ -153,7 +160,8 @@ def product_complaints(report: Report) -> list[str]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         if has(opcodes, "LDG"):
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
-        is_wide = report["kernel"].endswith("prefill_kernel") and report["constants"]["BLOCK_M"] >= 64
+        is_prefill = report["kernel"].endswith("prefill_kernel")
+        is_wide = report["kernel"] == "_many_rows_kernel" or (is_prefill and report["constants"]["BLOCK_M"] >= 64)
         if report["capability"] == [9, 0] and is_wide and not has(opcodes, "HGMMA"):
             found.append("a loop without the products of a group of warps (HGMMA)")
     return found

@@ -6,7 +6,7 @@ import torch
 from tests.kernels.kernel_cases import Target
 from tests.tolerances import assert_close
 from tritonmind.kernels import add_rms_norm, gate_up, linear, product_variants, reference, rotary_kv_write
-from tritonmind.kernels.tile_table import LIBRARY, Tile
+from tritonmind.kernels.tile_table import LIBRARY, MANY_ROWS, Tile
 from tritonmind.kernels.tuning import tile as tuned_tile
 
 # (rows, N, K) and a tile: masks in every dimension, more row blocks than one, splits that share tiles unevenly.
@@ -79,7 +79,25 @@ def test_large(size: tuple[int, int, int], tile: Tile, gpu_target: Target) -> No
         assert_close(gate_up(x, weight, tile=tile), expected, gpu_target.dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300])
+@pytest.mark.parametrize("size", [(300, 640, 1000), (257, 256, 64), (5000, 1032, 512), (129, 11008, 4096)], ids=str)
+def test_many_rows(size: tuple[int, int, int], gpu_target: Target) -> None:
+    """Rows and features beyond whole tiles, a last part of K, more tiles than the card has multiprocessors."""
+    if gpu_target.dtype == torch.float32 or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for 2-byte types on Hopper")
+    x, weight = make(size, gpu_target)
+    out = torch.full((size[0], size[1]), float("nan"), dtype=gpu_target.dtype, device=gpu_target.device)
+    assert linear(x, weight, tile=MANY_ROWS, partial_sums=True).dtype == gpu_target.dtype
+    assert linear(x, weight, tile=MANY_ROWS, out=out) is out
+    assert_close(out, reference.linear(x.float(), weight.float()), gpu_target.dtype)
+    bias = gpu_target.randn(size[1])
+    expected = reference.linear(x.float(), weight.float(), bias.float())
+    assert_close(linear(x, weight, bias, tile=MANY_ROWS), expected, gpu_target.dtype)
+    weight = torch.cat((weight, weight.flip(0)))
+    gated = gate_up(x, weight, tile=MANY_ROWS, out=out.fill_(float("nan")))
+    assert_close(gated, reference.gate_up(x.float(), weight.float()), gpu_target.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 513])
 def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
     """The card's own tiles, and the library where it has none."""
     for n, k in ((4096, 4096), (12288, 4096), (4096, 11008), (100, 72), (64, 44)):

@@ -12,7 +12,7 @@ import torch
 
 from tritonmind.kernels import tuning
 from tritonmind.kernels.tile_candidates import SEARCHES, candidates
-from tritonmind.kernels.tile_table import KERNELS, LIBRARY, UNLIMITED, Card, Tile
+from tritonmind.kernels.tile_table import KERNELS, LIBRARY, UNLIMITED, Card, Tile, fields_of
 
 DEVICE = torch.device("cpu")
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -187,8 +187,7 @@ def test_a_tile_that_returns_is_listed_once(tmp_path: Path, monkeypatch: pytest.
 def test_rules_give_what_a_file_could_say(kernel: str, card: Card) -> None:
     spec, entries = KERNELS[kernel], []
     for step in spec.default(card, SIZES[kernel]):
-        fields = ("library",) if step.tile.library else spec.fields
-        settings = {name: getattr(step.tile, name) for name in fields}
+        settings = {name: getattr(step.tile, name) for name in fields_of(kernel, step.tile)}
         entries.append({**SIZES[kernel], "max_rows": step.max_rows, **settings})
     (steps,) = tuning.parse({"card": "c", "triton": "t", "kernels": {kernel: entries}}, "c")[kernel].values()
     assert steps == spec.default(card, SIZES[kernel]) and steps[-1].max_rows == UNLIMITED
@@ -197,7 +196,14 @@ def test_rules_give_what_a_file_could_say(kernel: str, card: Card) -> None:
 @pytest.mark.parametrize("n", [4096, 4100, 4096 * 64])
 def test_the_library_multiplies_what_fills_the_card_or_fits_no_tile(n: int) -> None:
     assert linear(1, n=n).library == (n != 4096)
-    assert linear(10**6, n=n).library
+    assert linear(256, n=n).library
+    assert linear(10**6, n=n).library == (n == 4100)  # whose rows do not begin at multiples of 16 bytes
+
+
+def test_many_rows_are_for_hopper() -> None:
+    for kernel in ("linear", "gate_up"):
+        for card in CARDS:
+            assert KERNELS[kernel].default(card, {"n": 4096, "k": 4096})[-1].tile.many_rows == (card.capability[0] == 9)
 
 
 def test_forced_tiles_hold_for_a_while() -> None:

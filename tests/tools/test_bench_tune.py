@@ -30,9 +30,9 @@ BEST = Tile(block_m=32, block_n=128, block_k=64, splits=4, prefetch=1, num_warps
 
 def distance(tile: Tile) -> float:
     """A time that is least for BEST, and tells each of its settings apart."""
-    if tile.library:
-        return 3.0
-    return 1.0 + sum(abs(math.log2((ours + 1) / (its + 1))) for ours, its in zip(tile[:-1], BEST[:-1], strict=True))
+    if tile.is_whole:
+        return 3.0 + tile.many_rows
+    return 1.0 + sum(abs(math.log2((ours + 1) / (its + 1))) for ours, its in zip(tile[:-2], BEST[:-2], strict=True))
 
 
 def everything(jobs: list[tuple[Task, Tile]]) -> list[tuple[Task, Tile]]:
@@ -65,9 +65,9 @@ def test_a_product_that_nothing_follows_is_not_split() -> None:
 
 
 def test_library_stands_where_nothing_beats_it_clearly() -> None:
-    pick = search([O_16], H100, everything, lambda task, tile: 1.0 if tile.library else 0.995, lambda: False)[O_16]
+    pick = search([O_16], H100, everything, lambda task, tile: 1.0 if tile.is_whole else 0.995, lambda: False)[O_16]
     assert pick.tile == LIBRARY and pick.seconds == 1.0
-    pick = search([O_16], H100, everything, lambda task, tile: 1.0 if tile.library else 0.9, lambda: False)[O_16]
+    pick = search([O_16], H100, everything, lambda task, tile: 1.0 if tile.is_whole else 0.9, lambda: False)[O_16]
     assert not pick.tile.library and pick.seconds == 0.9
 
 
@@ -77,7 +77,7 @@ def test_what_spills_or_is_refused_is_no_choice() -> None:
 
     picks = search([O_16], H100, usable, lambda task, tile: distance(tile), lambda: False)
     assert not picks[O_16].tile.library and picks[O_16].tile.block_n != BEST.block_n
-    picks = search([O_16], H100, everything, lambda task, tile: 2.0 if tile.library else math.inf, lambda: False)
+    picks = search([O_16], H100, everything, lambda task, tile: 2.0 if tile.is_whole else math.inf, lambda: False)
     assert picks[O_16].tile == LIBRARY
     assert search([O_16], H100, lambda jobs: [], lambda task, tile: 1.0, lambda: False) == {}
 

@@ -42,8 +42,12 @@ def linear(
             )
         check_tensor("out", out, (num_rows, n), x.dtype, x.device)
     tile = _choose("linear", x, weight, n) if tile is None else tile
-    if tile.library:
+    if tile.library or (tile.many_rows and bias is not None):
         return _library(x, weight, bias, out)
+    if tile.many_rows:
+        from tritonmind.kernels import gluon_linear
+
+        return gluon_linear.linear(x, weight, x.new_empty((num_rows, n)) if out is None else out)
     from tritonmind.kernels import triton_linear
 
     if not partial_sums:
@@ -72,9 +76,15 @@ def gate_up(
     tile = _choose("gate_up", x, weight, size[1]) if tile is None else tile
     if tile.library:
         return silu_mul(_library(x, weight, None, None), out)
+    if out is None:
+        out = x.new_empty(size)
+    if tile.many_rows:
+        from tritonmind.kernels import gluon_linear
+
+        return gluon_linear.gate_up(x, weight, out)
     from tritonmind.kernels import triton_linear
 
-    return triton_linear.gate_up(x, weight, x.new_empty(size) if out is None else out, tile)
+    return triton_linear.gate_up(x, weight, out, tile)
 
 
 def product_variants(kernel: str, n: int, k: int, max_rows: int, device: torch.device) -> list[int]:

@@ -37,7 +37,7 @@ def candidates(kernel: str, card: Card, sizes: Sizes, rows: int, wave: int, best
     waves = search.waves(rows)
     if wave >= len(waves):
         return
-    base = search.start(rows) if best is None or best.library else best
+    base = search.start(rows) if best is None or best.is_whole else best
     for combination in itertools.product(*waves[wave]):
         settings = {name: value for part in combination for name, value in part.items()}
         tile = base._replace(**settings)

@@ -16,6 +16,8 @@ WARP_GROUP_PRODUCTS = (9, 0)
 # Of gluon_prefill_attention.py, which keeps one program on an SM: short runs would leave it idle between their blocks.
 LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
 MIN_LONG_RUN = 1536
+# Rows up to which the library is faster than gluon_linear.py, whose large tiles would leave most of the card idle.
+LINEAR_LIBRARY_ROWS, GATE_UP_LIBRARY_ROWS = 256, 256
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
@@ -33,7 +35,8 @@ class Tile(NamedTuple):
 
     block_m: rows (tokens, queries) of a program. block_n: output columns, or KV tokens, at a time. block_k: of the
     reduced dimension at a time. splits: programs that share a reduction. prefetch: tiles of the weight that are fetched
-    before the kernel before has ended. library: the library's product instead.
+    before the kernel before has ended. library: the library's product instead. many_rows: gluon_linear.py's, which has
+    tiles of its own.
     """
 
     block_m: int = 0
@@ -45,6 +48,12 @@ class Tile(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     library: bool = False
+    many_rows: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it names another way to do it, rather than settings of a kernel."""
+        return self.library or self.many_rows
 
 
 class Step(NamedTuple):
@@ -58,38 +67,54 @@ Sizes = Mapping[str, int]
 Ladder = tuple[Step, ...]  # max_rows rising
 
 LIBRARY = Tile(library=True)
+MANY_ROWS = Tile(many_rows=True)
+# How a file names those.
+WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 
 
 class Kernel(NamedTuple):
-    """sizes: must match exactly. fields: of Tile, that a file must give. has_library: `library` may stand for them.
+    """sizes: must match exactly. fields: of Tile, that a file must give. has_whole: one of WHOLE may stand for them.
 
     default: a ladder that compiles on every card and ends at UNLIMITED.
     """
 
     sizes: tuple[str, ...]
     fields: tuple[str, ...]
-    has_library: bool
+    has_whole: bool
     default: Callable[[Card, Sizes], Ladder]
 
 
 def _linear(card: Card, sizes: Sizes) -> Ladder:
     """Shared reductions where the output has too few tiles to fill the card, which is where the library is slow."""
+    many = _many_rows(card, sizes, LINEAR_LIBRARY_ROWS)
     block_n, block_k = 64, 64
     num_tiles = sizes["n"] // block_n
     if sizes["n"] % block_n or sizes["k"] % block_k or num_tiles >= 2 * card.num_sms:
-        return (Step(UNLIMITED, LIBRARY),)
+        return many
     wanted = min(4 * card.num_sms // num_tiles, sizes["k"] // (4 * block_k), 8)
     splits = 1 << (max(wanted, 1).bit_length() - 1)
     steps = [
         Step(rows, Tile(rows, block_n, block_k, splits=splits, prefetch=2, num_warps=4, num_stages=4))
         for rows in (16, 32)
     ]
-    return (*steps, Step(UNLIMITED, LIBRARY))
+    return (*steps, *many)
 
 
 def _gate_up(card: Card, sizes: Sizes) -> Ladder:
-    """Its output has tiles enough for any card, and the library is as fast on those."""
-    return (Step(UNLIMITED, LIBRARY),)
+    """Its output has tiles enough for any card, and at few rows the library is as fast on those."""
+    return _many_rows(card, sizes, GATE_UP_LIBRARY_ROWS)
+
+
+def _many_rows(card: Card, sizes: Sizes, library_rows: int) -> Ladder:
+    """The library up to library_rows, above them gluon_linear.py where it can."""
+    if not takes_many_rows(card, sizes):
+        return (Step(UNLIMITED, LIBRARY),)
+    return Step(library_rows, LIBRARY), Step(UNLIMITED, MANY_ROWS)
+
+
+def takes_many_rows(card: Card, sizes: Sizes) -> bool:
+    """Whether gluon_linear.py can multiply these: on Hopper, rows of 2-byte elements at multiples of 16 bytes."""
+    return card.capability[0] == 9 and sizes["n"] % 8 == 0 and sizes["k"] % 8 == 0
 
 
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
@@ -148,3 +173,8 @@ KERNELS = {
         _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), False, _prefill_attention
     ),
 }
+
+
+def fields_of(kernel: str, tile: Tile) -> tuple[str, ...]:
+    """The fields of `tile` that a file gives for `kernel`."""
+    return tuple(name for name, whole in WHOLE.items() if whole == tile) or KERNELS[kernel].fields

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tritonmind.kernels.tile_table import KERNELS, UNLIMITED, Card, Kernel, Ladder, Step, Tile
+from tritonmind.kernels.tile_table import KERNELS, UNLIMITED, WHOLE, Card, Kernel, Ladder, Step, Tile
 
 VARIABLE = "TRITONMIND_TILE_CONFIGS"
 SHIPPED = Path(__file__).parent / "configs"
@@ -165,8 +165,8 @@ def _ladders(name: str, entries: list[Any]) -> dict[tuple[int, ...], Ladder]:
 
 
 def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
-    library = spec.has_library and isinstance(entry, dict) and "library" in entry
-    fields = ("library",) if library else spec.fields
+    whole = tuple(name for name in WHOLE if spec.has_whole and isinstance(entry, dict) and name in entry)
+    fields = whole or spec.fields
     _check_keys(where, entry, {*spec.sizes, "max_rows", *fields})
     for name, value in entry.items():
         expected = _expected(name, value)
@@ -183,7 +183,7 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
 
 def _expected(name: str, value: Any) -> str | None:
     """What the field should hold instead of `value`, None where it is right."""
-    if name == "library":
+    if name in WHOLE:
         return None if value is True else "true, or left out"
     least = MINIMA.get(name, 1)
     if type(value) is not int or value < least:

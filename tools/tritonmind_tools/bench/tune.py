@@ -138,7 +138,7 @@ def search(
     When the time is over, tasks have the best of what was timed, and no entry if that is nothing.
     """
     from tritonmind.kernels.tile_candidates import candidates
-    from tritonmind.kernels.tile_table import KERNELS, LIBRARY
+    from tritonmind.kernels.tile_table import KERNELS, LIBRARY, MANY_ROWS, takes_many_rows
 
     picks: dict[Task, Pick] = {}
     timed: dict[Task, dict[Tile, float]] = {task: {} for task in tasks}
@@ -146,13 +146,13 @@ def search(
     while True:
         jobs = []
         for task in tasks:
-            own = [found for found in timed[task] if not found.library]
+            own = [found for found in timed[task] if not found.is_whole]
             best = min(own, key=timed[task].__getitem__, default=None)
             found = list(candidates(task.kernel, card, task.named_sizes(), task.rows, wave, best))
             if task.product in WHOLE_PRODUCTS:
                 found = [tile for tile in found if tile.splits == 1]
-            if not wave and KERNELS[task.kernel].has_library:
-                found.append(LIBRARY)
+            if not wave and KERNELS[task.kernel].has_whole:
+                found += [LIBRARY, *([MANY_ROWS] if takes_many_rows(card, task.named_sizes()) else [])]
             jobs += [(task, tile) for tile in found if tile not in timed[task]]
         if not jobs or is_over():
             return picks
@@ -186,7 +186,7 @@ def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: M
     Of an old ladder the steps for more rows than were searched stay: the time may have been over before.
     """
     from tritonmind.kernels import tuning
-    from tritonmind.kernels.tile_table import KERNELS
+    from tritonmind.kernels.tile_table import KERNELS, fields_of
 
     found = {name: list(entries) for name, entries in before.get("kernels", {}).items()}
     for kernel, sizes in dict.fromkeys((task.kernel, task.sizes) for task in picks):
@@ -203,8 +203,8 @@ def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: M
         for index, (max_rows, tile) in enumerate(steps):
             if index + 1 < len(steps) and steps[index + 1][1] == tile:
                 continue  # the next step says the same
-            fields = ("library",) if tile.library else spec.fields
-            kept.append({**named, "max_rows": max_rows, **{name: getattr(tile, name) for name in fields}})
+            settings = {name: getattr(tile, name) for name in fields_of(kernel, tile)}
+            kept.append({**named, "max_rows": max_rows, **settings})
         found[kernel] = sorted(kept, key=lambda entry: [entry[name] for name in (*spec.sizes, "max_rows")])
     content = {"card": card_name, "triton": triton_version, "kernels": found}
     tuning.parse(content, card_name)
@@ -237,9 +237,9 @@ def _read(path: Path, card: Card) -> dict[str, Any]:
 
 
 def _row(task: Task, pick: Pick, shape: str, precision: str, num_bytes: float, fastest: float) -> dict[str, Any]:
-    from tritonmind.kernels.tile_table import KERNELS
+    from tritonmind.kernels.tile_table import fields_of
 
-    fields = ("library",) if pick.tile.library else KERNELS[task.kernel].fields
+    fields = fields_of(task.kernel, pick.tile)
     return {
         "workload": f"tune {task.product} rows={task.rows}",
         "shape": shape,
@@ -257,6 +257,8 @@ def _row(task: Task, pick: Pick, shape: str, precision: str, num_bytes: float, f
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    from tritonmind.kernels.tile_table import WHOLE
+
     lines = []
     for row in rows:
         tile = " ".join(f"{name}={value}" for name, value in row["tile"].items())
@@ -265,7 +267,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             (
                 row["workload"].removeprefix("tune "), f"{row['value']:.1f}", library,
                 f"{row['num_bytes'] / row['value'] / 1e6:.2f}", f"{row['roofline_fraction']:.0%}",
-                "library" if "library" in row["tile"] else tile,
+                next((name for name in WHOLE if name in row["tile"]), tile),
             )
         )  # fmt: skip
     print_table(("work", "us", "library us", "TB/s", "roofline", "tile"), lines)

@@ -191,7 +191,7 @@ def _start(setting: Setting) -> None:
 
 def compile_tile(task: Task, tile: Tile) -> bool:
     """Whether the tile compiles, is launched and keeps to its registers."""
-    return tile.library or _stack_bytes(task._replace(max_rows=0, rows=0), tile) <= MAX_STACK
+    return tile.is_whole or _stack_bytes(task._replace(max_rows=0, rows=0), tile) <= MAX_STACK
 
 
 @functools.cache
