@@ -17,7 +17,7 @@ WARP_GROUP_PRODUCTS = (9, 0)
 LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
 MIN_LONG_RUN = 1536
 # Rows up to which the library is faster than gluon_linear.py, whose large tiles would leave most of the card idle.
-LINEAR_LIBRARY_ROWS, GATE_UP_LIBRARY_ROWS = 256, 256
+GATE_UP_LIBRARY_ROWS = 256
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
@@ -86,30 +86,24 @@ class Kernel(NamedTuple):
 
 def _linear(card: Card, sizes: Sizes) -> Ladder:
     """Shared reductions where the output has too few tiles to fill the card, which is where the library is slow."""
-    many = _many_rows(card, sizes, LINEAR_LIBRARY_ROWS)
     block_n, block_k = 64, 64
     num_tiles = sizes["n"] // block_n
     if sizes["n"] % block_n or sizes["k"] % block_k or num_tiles >= 2 * card.num_sms:
-        return many
+        return (Step(UNLIMITED, LIBRARY),)
     wanted = min(4 * card.num_sms // num_tiles, sizes["k"] // (4 * block_k), 8)
     splits = 1 << (max(wanted, 1).bit_length() - 1)
     steps = [
         Step(rows, Tile(rows, block_n, block_k, splits=splits, prefetch=2, num_warps=4, num_stages=4))
         for rows in (16, 32)
     ]
-    return (*steps, *many)
+    return (*steps, Step(UNLIMITED, LIBRARY))
 
 
 def _gate_up(card: Card, sizes: Sizes) -> Ladder:
     """Its output has tiles enough for any card, and at few rows the library is as fast on those."""
-    return _many_rows(card, sizes, GATE_UP_LIBRARY_ROWS)
-
-
-def _many_rows(card: Card, sizes: Sizes, library_rows: int) -> Ladder:
-    """The library up to library_rows, above them gluon_linear.py where it can."""
     if not takes_many_rows(card, sizes):
         return (Step(UNLIMITED, LIBRARY),)
-    return Step(library_rows, LIBRARY), Step(UNLIMITED, MANY_ROWS)
+    return Step(GATE_UP_LIBRARY_ROWS, LIBRARY), Step(UNLIMITED, MANY_ROWS)
 
 
 def takes_many_rows(card: Card, sizes: Sizes) -> bool:
