@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.lite import calibrate, kv_qparams
+from tritonmind_tools.lite import auto_awq, calibrate, kv_qparams
 
 
 def register(commands: Any) -> None:
@@ -14,3 +14,4 @@ def register(commands: Any) -> None:
     kinds = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     calibrate.register(kinds)
     kv_qparams.register(kinds)
+    auto_awq.register(kinds)

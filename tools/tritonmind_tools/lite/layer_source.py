@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _RANKS = 1
+_LAYERS = "layers."
 # Differ between copies of one model without making another one of it.
 _UNIMPORTANT_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -67,13 +68,23 @@ class LayerSource:
 
     def layer(self, number: int, cos_sin: torch.Tensor) -> DecoderLayer:
         """Decoder layer `number`, on the device of `cos_sin` [positions, head_dim]."""
-        prefix = f"layers.{number}."
-        tensors = {
-            name.removeprefix(prefix).replace(".0.", "."): self.tensor(name).to(cos_sin.device)
-            for name in self._steps
-            if name.startswith(prefix)
-        }
+        names = self._layer_names(number)
+        tensors = {target: self.tensor(name).to(cos_sin.device) for name, target in names.items()}
         return DecoderLayer.from_tensors(self.model, cos_sin, tensors)
+
+    def layer_sources(self, number: int) -> dict[str, list[str]]:
+        """The checkpoint's own names of what each tensor of a layer is put together from."""
+        names = self._layer_names(number)
+        return {target: [part.source for part in self._steps[name].parts] for name, target in names.items()}
+
+    def unlayered(self) -> dict[str, str]:
+        """The tensors that belong to no layer, by their names in the checkpoint, in the order of a forward pass."""
+        return {step.parts[0].source: name for name, step in self._steps.items() if not name.startswith(_LAYERS)}
+
+    def _layer_names(self, number: int) -> dict[str, str]:
+        """Names by tensor_layout of a layer's tensors, and the same without layer number and rank."""
+        prefix = f"{_LAYERS}{number}."
+        return {name: name.removeprefix(prefix).replace(".0.", ".") for name in self._steps if name.startswith(prefix)}
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of samples [N, T]: [N, T, hidden_size] fp32."""

@@ -1,0 +1,220 @@
+"""`tritonmind lite auto_awq`: a checkpoint's linear weights to 4 bits, by what a calibration saw of its activations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritonmind.config import GROUP_SIZES, ModelConfig
+from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind_tools.lite.options import DEFAULT_WORK_DIR, add_common_options, boolean, pick_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from tritonmind.checkpoints.awq_writer import AwqCheckpointWriter
+    from tritonmind_tools.lite.layer_awq import QuantisedLayer, Scaling
+    from tritonmind_tools.lite.layer_source import LayerSource
+    from tritonmind_tools.lite.work_dir import Calibration
+
+W_BITS = 4
+DEFAULT_GROUP_SIZE = 128
+# What the searches look at: enough for one number out of a grid and ranges of groups, few enough for a CPU.
+DEFAULT_SEARCH_TOKENS = 8192
+_SEARCH_SEQLEN = 512
+
+
+def register(commands: Any) -> None:
+    """Add `lite auto_awq`."""
+    parser = commands.add_parser(
+        "auto_awq",
+        help="4-bit weights, as a checkpoint in work_dir",
+        description="Quantise a checkpoint's linear weights to 4 bits by AWQ, with what `lite calibrate` saw. Writes "
+        "an AWQ checkpoint into --work-dir, which `tritonmind convert --model-format awq` reads, and others read too.",
+    )
+    add_common_options(parser)
+    parser.add_argument("--w-bits", type=int, default=W_BITS, help="only %(default)s")
+    parser.add_argument(
+        "--w-group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        help=f"input channels that share a scale: {', '.join(map(str, GROUP_SIZES))} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search-scale",
+        type=boolean,
+        default=True,
+        help="False: the scales of the tutorial's formula, without searches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--round-to-nearest",
+        action="store_true",
+        help="neither scales nor searches, to compare with; needs no calibration",
+    )
+    parser.add_argument(
+        "--search-tokens",
+        type=int,
+        default=DEFAULT_SEARCH_TOKENS,
+        help="of the calibration's, for the searches (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command line's `lite auto_awq`."""
+    from tritonmind_tools.lite.progress import progress_bar
+
+    started = time.monotonic()
+    scaling: Scaling = "none" if args.round_to_nearest else "search" if args.search_scale else "smooth"
+    with progress_bar("quantising") as on_progress:
+        model = auto_awq(
+            args.model,
+            args.work_dir,
+            w_bits=args.w_bits,
+            group_size=args.w_group_size,
+            scaling=scaling,
+            search_tokens=args.search_tokens,
+            device=args.device,
+            on_progress=on_progress,
+        )
+    print(
+        f"{args.work_dir}: {model.num_layers} layers in {W_BITS} bits, groups of {model.group_size}, "
+        f"scales: {scaling}, in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def auto_awq(
+    model: Path,
+    work_dir: Path = DEFAULT_WORK_DIR,
+    *,
+    w_bits: int = W_BITS,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    scaling: Scaling = "search",
+    search_tokens: int = DEFAULT_SEARCH_TOKENS,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ModelConfig:
+    """Write the AWQ checkpoint of `model` into `work_dir`, where its calibration is; all of it or nothing.
+
+    One layer's weights are in memory at a time. scaling: "none" needs no calibration. `on_progress` is called with the
+    layers that are done and their number. Returns the configuration of what was written. Raises ConfigError for the
+    options or a calibration of another model, CheckpointError for the checkpoint or a work_dir that holds another one.
+    """
+    from tritonmind.checkpoints.awq_writer import AwqCheckpointWriter
+    from tritonmind_tools.lite.layer_source import LayerSource
+
+    if w_bits != W_BITS:
+        raise ConfigError(f"--w_bits={w_bits} is not supported: only {W_BITS} is")
+    if search_tokens < 1:
+        raise ConfigError(f"--search_tokens={search_tokens} must be at least 1")
+    torch_device = pick_device(device)
+    source = LayerSource(model)
+    quantised = dataclasses.replace(source.model, weight_type="int4", group_size=group_size, unquantized_type="fp16")
+    calibration = None if scaling == "none" else open_calibration(work_dir, source)
+    with AwqCheckpointWriter(work_dir, quantised, source.checkpoint) as writer:
+        first, *last = source.unlayered().items()  # the embedding, and what comes after the layers
+        writer.write({first[0]: source.tensor(first[1])})
+        _quantise_layers(source, calibration, writer, quantised, scaling, search_tokens, torch_device, on_progress)
+        for name, target in last:
+            writer.write({name: source.tensor(target)})
+        writer.commit()
+    return quantised
+
+
+def open_calibration(work_dir: Path, source: LayerSource) -> Calibration:
+    """The calibration in work_dir. Raises ConfigError unless it is one of `source`."""
+    from tritonmind_tools.lite.work_dir import Calibration
+
+    calibration = Calibration(work_dir)
+    if calibration.manifest.fingerprint != source.fingerprint():
+        raise ConfigError(
+            f"--work_dir={work_dir} holds the calibration of another model ({calibration.manifest.model.model_name}) "
+            f"than --model={source.path}: give each model a work_dir of its own, or calibrate again"
+        )
+    return calibration
+
+
+def _quantise_layers(
+    source: LayerSource,
+    calibration: Calibration | None,
+    writer: AwqCheckpointWriter,
+    model: ModelConfig,
+    scaling: Scaling,
+    search_tokens: int,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    import torch
+
+    from tritonmind.layers.rotary import cos_sin_table
+    from tritonmind_tools.lite.layer_awq import quantise_layer, run_layer
+    from tritonmind_tools.lite.work_dir import INPUTS
+
+    statistics = calibration.statistics(INPUTS) if calibration is not None else {}
+    hidden = None
+    cos_sin = cos_sin_table(source.model, _SEARCH_SEQLEN, device)
+    if scaling == "search":
+        assert calibration is not None
+        tokens = calibration.tokens()[:, :_SEARCH_SEQLEN]
+        hidden = source.embed(tokens[: -(-search_tokens // tokens.shape[1])])
+    with torch.inference_mode():
+        for number in range(model.num_layers):
+            layer = source.layer(number, cos_sin)
+            inputs = run_layer(layer, hidden, device) if hidden is not None else None
+            try:
+                quantised = quantise_layer(
+                    layer,
+                    _of_layer(statistics, number, device) if statistics else {},
+                    inputs,
+                    group_size=model.group_size,
+                    scaling=scaling,
+                )
+            except ValueError as error:  # NaN, which a calibration would have found, or too much for fp16
+                raise CheckpointError(f"{source.path}: layer {number}: {error}") from None
+            writer.write(_by_checkpoint_name(source, number, quantised))
+            del layer, inputs, quantised  # before the next one is read
+            if on_progress is not None:
+                on_progress(number + 1, model.num_layers)
+
+
+def _of_layer(
+    statistics: dict[str, torch.Tensor], number: int, device: torch.device
+) -> dict[str, dict[str, torch.Tensor]]:
+    from tritonmind_tools.lite.decoder_layer import LINEAR_INPUTS
+    from tritonmind_tools.lite.statistics import ABSMAX, ABSMEAN, statistic_name
+
+    return {
+        name: {kind: statistics[statistic_name(number, name, kind)].to(device) for kind in (ABSMAX, ABSMEAN)}
+        for name in LINEAR_INPUTS
+    }
+
+
+def _by_checkpoint_name(source: LayerSource, number: int, quantised: QuantisedLayer) -> dict[str, Any]:
+    """A layer's tensors as AwqCheckpointWriter takes them: under the names that the checkpoint has for them."""
+    from tritonmind.kernels.awq_format import AwqWeight
+    from tritonmind_tools.lite.decoder_layer import QKV, W1, W2, W3, WO
+
+    layer = quantised.layer
+    parts: dict[str, tuple[Any, ...]] = {
+        "attention_norm.weight": (layer.attention_norm,),
+        f"{QKV}.weight": (quantised.q, quantised.k, quantised.v),
+        f"{WO}.weight": (quantised.wo,),
+        "ffn_norm.weight": (layer.ffn_norm,),
+        f"{W1}.weight": (quantised.w1,),
+        f"{W3}.weight": (quantised.w3,),
+        f"{W2}.weight": (quantised.w2,),
+    }
+    if layer.qkv_bias is not None:
+        parts[f"{QKV}.bias"] = layer.qkv_bias.split(layer.qkv_sizes)
+    if layer.o_bias is not None:
+        parts[f"{WO}.bias"] = (layer.o_bias,)
+    named: dict[str, Any] = {}
+    for target, sources in source.layer_sources(number).items():
+        for name, value in zip(sources, parts[target], strict=True):
+            named[name.removesuffix(".weight") if isinstance(value, AwqWeight) else name] = value
+    return named
