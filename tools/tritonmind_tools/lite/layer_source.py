@@ -37,7 +37,7 @@ class LayerSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
-        refuse_quantised(self.checkpoint.config, path)
+        _refuse_quantised(self.checkpoint)
         name = path.resolve()
         self.model = model_config(
             self.checkpoint,
@@ -111,13 +111,12 @@ class LayerSource:
         return digest.hexdigest()
 
 
-def refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for a checkpoint whose config.json says that it is quantised."""
-    found = config.get("quantization_config")
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint with quantised weights."""
+    found = checkpoint.quantization  # raises for a method that nothing here can read
+    if found is not None:
         raise CheckpointError(
-            f"{path} is quantised already (quantization_config: {method}): "
+            f"{checkpoint.path} is quantised already ({found.method}, 4 bits): "
             "give the fp16, bf16 or fp32 checkpoint that it was made from"
         )
 
