@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tritonmind_tools.bench import accuracy, compare, kernels, plot, profile, serving, static, throughput, tune
+from tritonmind_tools.bench import (
+    accuracy,
+    compare,
+    kernels,
+    lm_eval_tasks,
+    plot,
+    profile,
+    serving,
+    static,
+    throughput,
+    tune,
+)
 
 
 def register(commands: Any) -> None:
@@ -17,6 +28,7 @@ def register(commands: Any) -> None:
     serving.register(kinds)
     compare.register(kinds)
     accuracy.register(kinds)
+    lm_eval_tasks.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
     tune.register(kinds)
