@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -62,3 +63,13 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         list(read_documents(tmp_path / "x.parquet"))
     with pytest.raises(ConfigError, match=r"missing.json is no file"):
         list(read_documents(tmp_path / "missing.json"))
+
+
+def test_compressed_lines_in_a_json_are_read_as_c4_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "c4-train.00000-of-01024.json.gz"
+    lines = "\n".join(json.dumps({"text": text, "url": "x"}) for text in ("One.", "Two."))
+    path.write_bytes(gzip.compress(lines.encode()))
+    assert list(read_documents(path)) == ["One.", "Two."]
+    path.write_bytes(gzip.compress(lines.encode())[:-12])
+    with pytest.raises(ConfigError, match=r"c4-train.00000-of-01024.json.gz cannot be unpacked"):
+        list(read_documents(path))

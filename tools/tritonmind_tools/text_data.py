@@ -6,11 +6,12 @@ ShareGPT file of hundreds of megabytes takes no more memory than its longest con
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from tritonmind.errors import ConfigError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 Document: TypeAlias = "str | list[Message]"
 
 FORMATS = (".txt", ".jsonl", ".json")
+_COMPRESSED = ".gz"
+_PEEKED_BYTES = 64
 # Under these keys the lines of a .jsonl, or the entries of a .json, have their text or their turns.
 TEXT_KEYS = ("text", "content")
 TURN_KEYS = ("conversations", "messages")
@@ -34,21 +37,27 @@ ROLES = {
 def read_documents(path: Path) -> Iterator[Document]:
     """The documents of a file in its order; entries without any text or with unknown roles are passed over.
 
-    A .txt is one text. A .jsonl has an entry a line, a .json an array of entries: a text, an object with one under
-    `text` or `content`, or a conversation under `conversations` (ShareGPT) or `messages`. A .json that is cut off is
-    read as far as it is whole. Raises ConfigError naming the file, and the line of a .jsonl, that is wrong.
+    A .txt is one text. A .jsonl has an entry a line, a .json an array of entries or an entry a line as well: a text,
+    an object with one under `text` or `content`, or a conversation under `conversations` (ShareGPT) or `messages`. A
+    .json that is cut off is read as far as it is whole. Any of them may be compressed, .jsonl.gz. Raises ConfigError
+    naming the file, and the line of a .jsonl, that is wrong.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give a {', '.join(FORMATS)}")
-    if path.suffix == ".txt":
-        yield _decoded(path, path.read_bytes())
-        return
-    if path.suffix not in FORMATS:
+    kind = _plain_suffix(path)
+    if kind not in FORMATS:
         raise ConfigError(f"{path} is none of {', '.join(FORMATS)}: a text, a JSON entry a line, ShareGPT's JSON")
-    for entry in read_entries(path) if path.suffix == ".json" else _read_lines(path):
-        document = as_document(entry)
-        if document:
-            yield document
+    try:
+        if kind == ".txt":
+            with _open(path) as file:
+                yield _decoded(path, file.read())
+            return
+        for entry in read_entries(path) if kind == ".json" and not _has_lines(path) else _read_lines(path):
+            document = as_document(entry)
+            if document:
+                yield document
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{path} cannot be unpacked: {error}") from None
 
 
 def read_entries(path: Path) -> Iterator[Any]:
@@ -60,7 +69,8 @@ def read_entries(path: Path) -> Iterator[Any]:
         import ijson
     except ImportError:
         try:
-            entries = json.loads(path.read_bytes())
+            with _open(path) as file:
+                entries = json.loads(file.read())
         except ValueError as error:
             raise ConfigError(
                 f"{path} is no whole JSON ({error}); with pip install ijson what is whole of it can be read"
@@ -69,7 +79,7 @@ def read_entries(path: Path) -> Iterator[Any]:
             raise ConfigError(f"{path} holds no JSON array of conversations") from None
         yield from entries
         return
-    with path.open("rb") as file:
+    with _open(path) as file:
         try:
             # As floats, not as decimals, like the json module: nothing here computes with them.
             yield from ijson.items(file, "item", use_float=True)
@@ -132,8 +142,22 @@ def _conversation(turns: Sequence[Any]) -> list[Message] | None:
     return messages or None
 
 
+def _plain_suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == _COMPRESSED else path.suffix
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == _COMPRESSED else path.open("rb")
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether a .json holds an object a line, as C4's files do, and no array."""
+    with _open(path) as file:
+        return file.read(_PEEKED_BYTES).lstrip().startswith(b"{")
+
+
 def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
