@@ -20,7 +20,7 @@ _admissions = itertools.count()
 @torch.inference_mode()
 def fill_cache(runner: ModelRunner) -> None:
     """Random K and V in every block."""
-    for k_cache, v_cache in runner.kv_caches:
+    for k_cache, v_cache, *_ in runner.kv_caches:
         k_cache.normal_()
         v_cache.normal_()
 

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from tritonmind.kernels.decode_plan import DecodePlan
+from tritonmind.kernels.flat_pages import FlatPages
+from tritonmind.kernels.kv_quant import KVScales
+
+
+class KVCache(NamedTuple):
+    """K and V pools of one layer, [num_blocks, num_kv_heads, block_size, head_dim] each. K is stored after RoPE.
+
+    scales: of pools of bytes, else None. scratch: pages of K and of V in the model's type through which prompts go over
+    pools of bytes on a GPU, one for all layers.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    scales: KVScales | None = None
+    scratch: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +40,9 @@ class AttentionMetadata:
     prefill_context_lens: torch.Tensor  # [num_prefills] int32, the chunk included
     prefill_cu_seqlens_q: torch.Tensor  # [num_prefills + 1] int32
     max_query_len: int  # longest chunk, 0 without prefills
+    prefill_lens: list[tuple[int, int]]  # query_len and context_len of each prefill, on the host
     decode_plan: DecodePlan | None = None  # of the decodes on a GPU; the model adds it
+    flat_pages: FlatPages | None = None  # of the prefills over int8 pages on a GPU; the model adds it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,10 @@ class ModelSource(Protocol):
         """The common tensors and those of `rank`, as tensor_layout lists them."""
         ...
 
+    def kv_scales(self, rank: int) -> torch.Tensor | None:
+        """Scales of a calibrated int8 KV cache, None where nothing was calibrated."""
+        ...
+
 
 def open_model(path: str | os.PathLike[str], *, dtype: object = AUTO) -> ModelSource:
     """The workspace or the checkpoint at `path`, or, for `random:SHAPE`, random weights of that shape.

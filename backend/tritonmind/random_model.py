@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PREFIX = "random:"
 AUTO = "auto"
+KV_RANGE = 16.0
 WEIGHT_STD = 0.02  # as Llama initialises
 
 _TENSOR_PARALLEL_SIZE = 1
@@ -81,6 +82,12 @@ class RandomModel:
             session_len=self.model.max_position_embeddings, tensor_parallel_size=_TENSOR_PARALLEL_SIZE
         )
         return build_engine_config(self.model, settings, overrides, where=Path(self.name))
+
+    def kv_scales(self, rank: int) -> torch.Tensor:
+        """Of an int8 KV cache, [num_layers, 4] fp32: as if a calibration had seen values from -8 to 8."""
+        import torch
+
+        return torch.tensor([[KV_RANGE / 255, 0.0] * 2] * self.model.num_layers)
 
     def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as tensor_layout lists them, drawn on the GPU where there is one, else on the CPU."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy, SchedulerConfig
-from tritonmind.engine.kv_cache import CPU_CACHE_LIMIT_BYTES, MemoryPlan, plan_memory
+from tritonmind.engine.kv_cache import CPU_CACHE_LIMIT_BYTES, MemoryPlan, plan_memory, scratch_blocks
 from tritonmind.errors import ConfigError
 
 GIB = 1 << 30
@@ -95,7 +95,18 @@ def test_graphs_are_taken_from_the_cache_and_the_plan_adds_up() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", [QuantPolicy.KV_INT8, QuantPolicy.KV_INT8_CALIBRATED])
-def test_a_policy_this_version_lacks_is_refused_by_name(policy: QuantPolicy) -> None:
-    with pytest.raises(ConfigError, match=f"quant_policy={int(policy)}"):
-        plan(11 * GIB, policy=policy)
+@pytest.mark.parametrize(("policy", "row_bytes"), [(QuantPolicy.KV_INT8, 68), (QuantPolicy.KV_INT8_CALIBRATED, 64)])
+def test_int8_blocks_are_small_and_said_to_be(policy: QuantPolicy, row_bytes: int) -> None:
+    """Of a token and head: its bytes, and with quant_policy 8 the scale of each of K and V."""
+    planned = plan(11 * GIB, policy=policy)
+    assert planned.block_bytes == BLOCK_BYTES * row_bytes // (64 * 4)
+    assert ", int8 KV cache 4.00 GiB = " in planned.describe()
+
+
+def test_the_scratch_of_prompts_holds_a_session_or_two_steps() -> None:
+    def blocks(session_len: int, max_num_batched_tokens: int) -> int:
+        limits = SchedulerConfig(max_model_len=session_len, max_num_batched_tokens=max_num_batched_tokens)
+        return scratch_blocks(EngineConfig(model=MODEL, cache=CacheConfig(), scheduler=limits))
+
+    assert blocks(8192 + 1, 512) == 129
+    assert blocks(1024, 4096) == 128

@@ -13,6 +13,8 @@ from tritonmind.kernels import (
     gluon_linear,
     triton_activation,
     triton_decode_attention,
+    triton_decode_plan,
+    triton_flat_pages,
     triton_gather,
     triton_linear,
     triton_logit_edits,
@@ -24,6 +26,7 @@ from tritonmind.kernels import (
     triton_step_inputs,
     tuning,
 )
+from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
 
 # One card for each architecture that is compiled for, known to no file of tiles, so that it has the rules'.
@@ -39,9 +42,17 @@ MAX_ROWS = 2048
 SIZES = {
     "linear": [(4096, 4096), (12288, 4096), (4096, 11008)],
     "gate_up": [(11008, 4096)],
-    "decode_attention": [(128, 4, 64, 2), (128, 1, 64, 2), (64, 3, 16, 2)],
+    "decode_attention": [
+        (128, 4, 64, 2),
+        (128, 1, 64, 1),
+        (128, 1, 64, 2),
+        (128, 4, 64, 1),
+        (64, 3, 16, 2),
+        (96, 1, 16, 1),
+    ],
     "prefill_attention": [(128, 4, 64, 2), (64, 3, 16, 2)],
 }
+LAYER_SCALES = LayerScales(0.1, 0.2, 0.3, 0.4)
 # What no rule asks for, but a file may.
 EXTRA_TILES = {
     "linear": [Tile(block_m=64, block_n=128, block_k=64, splits=3, prefetch=1, num_warps=8, num_stages=3)],
@@ -122,14 +133,17 @@ def _many_rows(dtype: torch.dtype) -> None:
 
 def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
     """The launchers ask for the tile themselves, here as in _prefill. One sequence has many pieces, many have few."""
-    group, head_dim, block_size = sizes["group"], sizes["head_dim"], sizes["block_size"]
-    num_heads, pool = NUM_KV_HEADS * group, _pool(sizes, dtype)
+    group, head_dim, block_size, itemsize = (sizes[name] for name in ("group", "head_dim", "block_size", "itemsize"))
+    num_heads = NUM_KV_HEADS * group
+    pool = _pool(sizes, torch.uint8 if itemsize == 1 else dtype)
+    kinds: list[KVScales | None] = [None] if itemsize > 1 else [_token_scales(pool), LAYER_SCALES]
     for num_seqs in (1, rows):
-        plan = triton_decode_attention.plan_decode(
-            _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, dtype, 0
+        plan = triton_decode_plan.plan_decode(
+            _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, itemsize, 0
         )
         q, tables = torch.empty(num_seqs, num_heads, head_dim, dtype=dtype), _ints(2 * num_seqs).view(num_seqs, 2)
-        triton_decode_attention.paged_decode_attention(q, pool, pool, tables, plan, 0.1, q)
+        for scales in kinds:
+            triton_decode_attention.paged_decode_attention(q, pool, pool, tables, plan, 0.1, scales, q)
 
 
 def _prefill(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
@@ -149,7 +163,13 @@ def _layer(dtype: torch.dtype, splits: int) -> None:
         x, qkv = torch.empty(splits, NUM_SEQS, HIDDEN), torch.empty(splits, NUM_SEQS, qkv_size)
     triton_norm.rms_norm(x, hidden, hidden[0], 1e-5, hidden)
     pool, ints = _pool({"block_size": BLOCK_SIZE, "head_dim": HEAD_DIM}, dtype), _ints(NUM_SEQS)
-    triton_rotary.rotary_kv_write(qkv, torch.empty(16, HEAD_DIM), ints.long(), ints, pool, pool, q)
+    pages = _pool({"block_size": BLOCK_SIZE, "head_dim": HEAD_DIM}, torch.uint8)
+    triton_flat_pages.plan_group(_ints(8).view(4, 2), _ints(5), ints, BLOCK_SIZE, 8)
+    for scales in (None, _token_scales(pages), LAYER_SCALES):
+        cache = pool if scales is None else pages
+        triton_rotary.rotary_kv_write(qkv, torch.empty(16, HEAD_DIM), ints.long(), ints, cache, cache, scales, q)
+        if scales is not None:
+            triton_flat_pages.flatten_pages(pages, pages, scales, ints, pool, pool)
     triton_activation.silu_mul(torch.empty(NUM_SEQS, 2 * HIDDEN, dtype=dtype), hidden)
     triton_gather.gather_rows(hidden, ints.long(), hidden)
 
@@ -177,6 +197,10 @@ def _step_inputs() -> None:
 
 def _pool(sizes: dict[str, int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(8, NUM_KV_HEADS, sizes["block_size"], sizes["head_dim"], dtype=dtype)
+
+
+def _token_scales(pool: torch.Tensor) -> TokenScales:
+    return TokenScales(*(torch.empty(pool.shape[:3]) for _ in range(2)))
 
 
 def _ints(count: int) -> torch.Tensor:

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from tritonmind.kernels import kv_quant
+from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
+
 
 class Target(NamedTuple):
     """Where and in which dtype a launcher runs. `triton` is False for the CPU path in torch."""
@@ -71,3 +74,31 @@ def make_pages(
         block_tables.to(target.device),
         torch.tensor(context_lens, dtype=torch.int32, device=target.device),
     )
+
+
+def int8_pages(pages: Pages, kind: str) -> tuple[Pages, KVScales]:
+    """The pages as bytes, with scales of the "layer" or of each "token". Where they are NaN, scales of tokens are."""
+    pools = [pool.float().nan_to_num(0.0) for pool in (pages.k_cache, pages.v_cache)]
+    unused = pages.k_cache[..., 0].isnan()
+    if kind == "token":
+        stored, scales = zip(*map(kv_quant.quantise_tokens, pools), strict=True)
+        for pool in scales:
+            pool[unused] = float("nan")
+        found: KVScales = TokenScales(*scales)
+    else:
+        # K and V differ in both, and neither lies around 0.
+        pools[1] = 0.5 * pools[1] + 0.75
+        ranges = [kv_quant.asymmetric_scale(pool.min(), pool.max()) for pool in (pools[0] - 0.5, pools[1])]
+        found = LayerScales(*(float(value) for pair in ranges for value in pair))
+        stored = (
+            kv_quant.quantise(pools[0], found.k_scale, found.k_zero),
+            kv_quant.quantise(pools[1], found.v_scale, found.v_zero),
+        )
+    for pool in stored:
+        pool[unused] = 255
+    return pages._replace(k_cache=stored[0], v_cache=stored[1]), found
+
+
+def on_cpu(scales: KVScales) -> KVScales:
+    """For the reference."""
+    return TokenScales(scales.k.cpu(), scales.v.cpu()) if isinstance(scales, TokenScales) else scales

@@ -26,25 +26,27 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     tuning.tile.cache_clear()
 
 
+@pytest.mark.parametrize("int8_kv", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("num_kv_heads", [32, 8, 4])
-def test_every_variant_is_listed(num_kv_heads: int, card: Card) -> None:
+def test_every_variant_is_listed(num_kv_heads: int, int8_kv: bool, card: Card) -> None:
     pytest.importorskip("triton")
-    from tritonmind.kernels.triton_decode_attention import MAX_OVERSUBSCRIPTION, adds_up_inside
+    from tritonmind.kernels.triton_decode_pieces import adds_up_inside
+    from tritonmind.kernels.triton_decode_plan import MAX_OVERSUBSCRIPTION
 
     group, device = NUM_HEADS // num_kv_heads, torch.device("cuda")
     found = attention_variants(
         MAX_SEQS, MAX_QUERY_LEN, num_heads=NUM_HEADS, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM,
-        block_size=BLOCK_SIZE, dtype=torch.float16, device=device,
+        block_size=BLOCK_SIZE, dtype=torch.float16, device=device, int8_kv=int8_kv,
     )  # fmt: skip
-    sizes = {"head_dim": HEAD_DIM, "group": group, "block_size": BLOCK_SIZE, "itemsize": 2}
+    sizes = {"head_dim": HEAD_DIM, "group": group, "block_size": BLOCK_SIZE}
 
     def decode(num_seqs: int) -> object:
-        tile = tuning.tile("decode_attention", device, rows=num_seqs, **sizes)
+        tile = tuning.tile("decode_attention", device, rows=num_seqs, **sizes, itemsize=1 if int8_kv else 2)
         wanted = -(-tile.programs_per_sm * card.num_sms // num_kv_heads) * MAX_OVERSUBSCRIPTION
         return tile, adds_up_inside(num_seqs, group, wanted)
 
     def prefill(query_len: int) -> object:
-        return tuning.tile("prefill_attention", device, rows=query_len, **sizes)
+        return tuning.tile("prefill_attention", device, rows=query_len, **sizes, itemsize=2)
 
     assert set(map(decode, found.num_decodes)) == set(map(decode, range(1, MAX_SEQS + 1)))
     assert set(map(prefill, found.max_query_lens)) == set(map(prefill, range(1, MAX_QUERY_LEN + 1)))

@@ -35,6 +35,7 @@ HOPPER_KERNELS = {"_long_prefill_kernel", "_many_rows_kernel"}
 # Kernels whose time goes into loops that must keep reading while they multiply.
 PRODUCT_KERNELS = {
     "_decode_kernel",
+    "_decode_int8_kernel",
     "_prefill_kernel",
     "_long_prefill_kernel",
     "_linear_kernel",
@@ -160,6 +161,8 @@ def product_complaints(report: Report) -> list[str]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         if has(opcodes, "LDG"):
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
+        if report["kernel"] == "_decode_int8_kernel" and (not has(opcodes, "PRMT") or has(opcodes, "I2F", "I2FP")):
+            found.append("a loop that turns bytes into numbers one by one, not two by two with PRMT")
         is_prefill = report["kernel"].endswith("prefill_kernel")
         is_wide = report["kernel"] == "_many_rows_kernel" or (is_prefill and report["constants"]["BLOCK_M"] >= 64)
         if report["capability"] == [9, 0] and is_wide and not has(opcodes, "HGMMA"):

@@ -59,6 +59,7 @@ def prompt_logits(runner: ModelRunner, token_ids: list[int], rows: list[int] | N
             prefill_context_lens=torch.tensor([length], dtype=torch.int32),
             prefill_cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32),
             max_query_len=length,
+            prefill_lens=[(length, length)],
         ),
     )
     return runner.model(inputs, runner.kv_caches)

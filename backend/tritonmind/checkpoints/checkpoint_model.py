@@ -59,6 +59,9 @@ class CheckpointModel:
         )
         return build_engine_config(self.model, settings, overrides, where=self.path)
 
+    def kv_scales(self, rank: int) -> None:
+        """None: a calibration's scales are in a workspace."""
+
     def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor), the values that a workspace of this checkpoint would hold.
 

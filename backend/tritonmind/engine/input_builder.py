@@ -22,7 +22,10 @@ from tritonmind.sequence import Sequence
 
 
 class Step(NamedTuple):
-    """Sizes of a step whose inputs are on the device. wishes: what its sampling rows ask for, as Sampler.wishes."""
+    """Sizes of a step whose inputs are on the device.
+
+    wishes: what its sampling rows ask for, as Sampler.wishes. prefill_lens: query_len and context_len of each prefill.
+    """
 
     num_decodes: int
     num_prefills: int
@@ -31,6 +34,7 @@ class Step(NamedTuple):
     max_query_len: int
     max_context_len: int
     wishes: int
+    prefill_lens: list[tuple[int, int]]
 
     @property
     def greedy(self) -> bool:
@@ -99,6 +103,7 @@ class InputBuilder:
             max_query_len=0,
             max_context_len=int(contexts.max()) if self._is_cpu else 0,
             wishes=wishes,
+            prefill_lens=[],
         )
 
     def _begin_decodes(self, rows: DecodeRows) -> HostHead:
@@ -158,6 +163,7 @@ class InputBuilder:
             max_query_len=int(query_lens[num_decodes:].max()),
             max_context_len=int(contexts.max()),
             wishes=self.sampler.wishes(slots[samples]),
+            prefill_lens=[(item.num_new_tokens, item.start + item.num_new_tokens) for item in prefills],
         )
 
     def stage_padding(self, num_decodes: int, prefill_lens: list[int]) -> Step:
@@ -188,6 +194,7 @@ class InputBuilder:
             max_query_len=max(prefill_lens, default=0),
             max_context_len=max(prefill_lens, default=1),
             wishes=0,
+            prefill_lens=[(length, length) for length in prefill_lens],
         )
 
     def model_inputs(self, step: Step) -> ModelInputs:
@@ -210,6 +217,7 @@ class InputBuilder:
                 prefill_context_lens=head.context_lens[num_decodes:num_seqs],
                 prefill_cu_seqlens_q=head.cu_seqlens_q[: step.num_prefills + 1],
                 max_query_len=step.max_query_len,
+                prefill_lens=step.prefill_lens,
             ),
         )
 
@@ -241,6 +249,7 @@ class InputBuilder:
                 prefill_context_lens=head.context_lens[:0],
                 prefill_cu_seqlens_q=head.cu_seqlens_q[:1],
                 max_query_len=0,
+                prefill_lens=[],
             ),
         )
 

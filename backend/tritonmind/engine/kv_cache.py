@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy
 from tritonmind.errors import ConfigError
+from tritonmind.kernels import KVScales, LayerScales, TokenScales
+from tritonmind.model_inputs import KVCache
+from tritonmind.model_source import ModelSource
 
 # A fraction of a host's memory would mostly lie idle. A session of full length fits in any case, memory permitting.
 CPU_CACHE_LIMIT_BYTES = 4 << 30
-
-
-class KVCache(NamedTuple):
-    """K and V pools of one layer, [num_blocks, num_kv_heads, block_size, head_dim] each. K is stored after RoPE."""
-
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 class MemoryPlan(NamedTuple):
@@ -30,6 +27,8 @@ class MemoryPlan(NamedTuple):
     block_size: int
     weights_bytes: int = 0  # already allocated, so no part of free_bytes; 0 when not told
     graphs_bytes: int = 0  # kept for captured graphs
+    scratch_bytes: int = 0  # already allocated, for prompts over int8 pages
+    is_int8: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -38,21 +37,37 @@ class MemoryPlan(NamedTuple):
     def describe(self) -> str:
         """One line with every part, and what is left for others."""
         left = self.free_bytes - self.reserved_bytes - self.graphs_bytes - self.cache_bytes
-        taken = {"weights": self.weights_bytes, "activations": self.reserved_bytes, "graphs": self.graphs_bytes}
+        taken = {
+            "weights": self.weights_bytes,
+            "activations": self.reserved_bytes,
+            "graphs": self.graphs_bytes,
+            "prompts' pages": self.scratch_bytes,
+        }
         parts = [f"{name} {_gib(num_bytes)}" for name, num_bytes in taken.items() if num_bytes]
         parts.append(
-            f"KV cache {_gib(self.cache_bytes)} = {self.num_blocks} blocks of {self.block_size} tokens "
+            f"{'int8 ' if self.is_int8 else ''}KV cache {_gib(self.cache_bytes)} = {self.num_blocks} blocks of "
+            f"{self.block_size} tokens "
             f"({self.num_blocks * self.block_size} tokens)"
         )
         return ", ".join([*parts, f"{_gib(left)} stay free"])
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block on one rank, all layers, K and V."""
-    if cache.quant_policy is not QuantPolicy.NONE:
-        raise ConfigError(f"quant_policy={int(cache.quant_policy)}: int8 KV cache is not available yet; use 0")
-    per_layer = 2 * (model.num_kv_heads // tensor_parallel_size) * cache.block_size * model.head_dim
-    return model.num_layers * per_layer * dtype.itemsize
+    """Bytes of one block on one rank, all layers, K and V, and the scales of their tokens where those have some."""
+    num_rows = 2 * model.num_layers * (model.num_kv_heads // tensor_parallel_size) * cache.block_size
+    if cache.quant_policy is QuantPolicy.NONE:
+        return num_rows * model.head_dim * dtype.itemsize
+    scale_bytes = torch.float32.itemsize if cache.quant_policy is QuantPolicy.KV_INT8 else 0
+    return num_rows * (model.head_dim + scale_bytes)
+
+
+def scratch_blocks(config: EngineConfig) -> int:
+    """Pages of the scratch through which prompts go over int8 pages: any one session's, or two steps' new tokens.
+
+    The prompts of a step go through it in several groups where it is too small for all of them.
+    """
+    limits, block_size = config.scheduler, config.cache.block_size
+    return max(-(-limits.max_model_len // block_size), 2 * -(-limits.max_num_batched_tokens // block_size))
 
 
 def plan_memory(
@@ -64,10 +79,12 @@ def plan_memory(
     is_cpu: bool,
     weights_bytes: int = 0,
     graphs_bytes: int = 0,
+    scratch_bytes: int = 0,
 ) -> MemoryPlan:
     """Number of blocks for `cache_max_entry_count`. ConfigError if not even one session of `session_len` fits.
 
-    free_bytes is what the loaded weights left; activations (reserved_bytes) and graphs come out of it first.
+    free_bytes is what the loaded weights and the scratch left; activations (reserved_bytes) and graphs come out of it
+    first.
     """
     size = block_bytes(config.model, config.cache, config.tensor_parallel_size, dtype)
     wanted = config.cache.cache_max_entry_count
@@ -93,8 +110,9 @@ def plan_memory(
             + _remedy(needed if needed * size <= usable else None)
         )
     return MemoryPlan(
-        free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size, weights_bytes, graphs_bytes
-    )
+        free_bytes, reserved_bytes, size, num_blocks, config.cache.block_size, weights_bytes, graphs_bytes,
+        scratch_bytes, config.cache.quant_policy is not QuantPolicy.NONE,
+    )  # fmt: skip
 
 
 def _remedy(num_blocks: int | None) -> str:
@@ -107,12 +125,74 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def allocate(config: EngineConfig, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-    """Zero-filled pools, one per layer: a stale NaN in an unused slot would survive masking as 0 * NaN."""
+def calibrated_scales(source: ModelSource, config: EngineConfig) -> list[LayerScales] | None:
+    """The scales of each layer for quant_policy 4; None for other policies.
+
+    Raises ConfigError where the source has none, or what are no scales.
+    """
+    policy = config.cache.quant_policy
+    if policy is not QuantPolicy.KV_INT8_CALIBRATED:
+        return None
+    values = source.kv_scales(rank=0)
+    command = "tritonmind lite kv_qparams --work_dir WORK_DIR --turbomind_dir WORKSPACE"
+    if values is None:
+        raise ConfigError(
+            f"quant_policy={int(policy)} needs the scales of a calibration, and there are none: run `tritonmind lite "
+            f"calibrate` and `{command}`, or use quant_policy={int(QuantPolicy.KV_INT8)}, which needs none"
+        )
+    assert values.shape == (config.model.num_layers, len(LayerScales._fields))
+    scales = [LayerScales(*row) for row in values.tolist()]
+    for layer, row in enumerate(scales):
+        for name, value in row._asdict().items():
+            if not math.isfinite(value) or (name.endswith("_scale") and value <= 0):
+                wanted = "positive and finite" if name.endswith("_scale") else "finite"
+                raise ConfigError(
+                    f"quant_policy={int(policy)}: {name} of layer {layer} is {value}, expected {wanted}: calibrate "
+                    f"again, and write the scales with `{command}`"
+                )
+    return scales
+
+
+def allocate_scratch(
+    config: EngineConfig, *, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The pages of KVCache.scratch; None where nobody needs them."""
+    if config.cache.quant_policy is QuantPolicy.NONE or device.type == "cpu":
+        return None
+    shape = _pool_shape(config, scratch_blocks(config))
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+
+def allocate(
+    config: EngineConfig,
+    num_blocks: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    layer_scales: list[LayerScales] | None = None,
+    scratch: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> list[KVCache]:
+    """Zero-filled pools, one per layer: a stale NaN in an unused slot would survive masking as 0 * NaN.
+
+    layer_scales: for quant_policy 4. scratch: what allocate_scratch gave.
+    """
+    shape, policy = _pool_shape(config, num_blocks), config.cache.quant_policy
+    stored = dtype if policy is QuantPolicy.NONE else torch.uint8
+
+    def pool() -> torch.Tensor:
+        return torch.zeros(shape, dtype=stored, device=device)
+
+    def scales(layer: int) -> KVScales | None:
+        if policy is QuantPolicy.KV_INT8:
+            return TokenScales(torch.zeros(shape[:3], device=device), torch.zeros(shape[:3], device=device))
+        if layer_scales is None:
+            assert policy is QuantPolicy.NONE
+            return None
+        return layer_scales[layer]
+
+    return [KVCache(pool(), pool(), scales(layer), scratch) for layer in range(config.model.num_layers)]
+
+
+def _pool_shape(config: EngineConfig, num_blocks: int) -> tuple[int, int, int, int]:
     model = config.model
-    num_kv_heads = model.num_kv_heads // config.tensor_parallel_size
-    shape = (num_blocks, num_kv_heads, config.cache.block_size, model.head_dim)
-    return [
-        KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(model.num_layers)
-    ]
+    return num_blocks, model.num_kv_heads // config.tensor_parallel_size, config.cache.block_size, model.head_dim

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmind.config import EngineConfig
+from tritonmind.config import EngineConfig, QuantPolicy
 from tritonmind.engine import kv_cache, logprobs
 from tritonmind.engine.cuda_graph import GraphSet, batch_buckets, bucket_of
 from tritonmind.engine.device import (
@@ -32,6 +32,7 @@ from tritonmind.engine.staging import PendingDraw
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import attention_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
+from tritonmind.model_inputs import KVCache
 from tritonmind.model_source import ModelSource
 from tritonmind.models.llama import HiddenStates
 from tritonmind.models.weight_loader import load_model
@@ -104,6 +105,8 @@ class ModelRunner:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        self._layer_scales = kv_cache.calibrated_scales(source, config)
+        self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
         check_memory_for_weights(
             config, self.dtype, self.device, free_bytes(self.device), reserved_bytes=self._estimated_activation_bytes()
         )
@@ -123,7 +126,7 @@ class ModelRunner:
         self._spare_logits = self.logits.new_empty((num_spare, config.model.vocab_size))
         is_cuda = self.device.type == "cuda"
         self._buckets = batch_buckets(max_num_seqs)
-        self.kv_caches: list[kv_cache.KVCache] = []
+        self.kv_caches: list[KVCache] = []
         self.memory_plan: kv_cache.MemoryPlan
         self._graphs: _Graphs | None = None
         self._graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
@@ -211,7 +214,8 @@ class ModelRunner:
         try:
             with torch.inference_mode():
                 started = time.monotonic()
-                self.kv_caches = kv_cache.allocate(self.config, 1, dtype=self.dtype, device=self.device)
+                self._scratch = kv_cache.allocate_scratch(self.config, dtype=self.dtype, device=self.device)
+                self.kv_caches = self._allocated(1)
                 torch.cuda.empty_cache()
                 free = free_bytes(self.device)
                 self._warm_up()
@@ -244,11 +248,16 @@ class ModelRunner:
             is_cpu=self.device.type == "cpu",
             weights_bytes=weight_bytes(self.config, self.dtype),
             graphs_bytes=graphs_bytes,
+            scratch_bytes=sum(pool.nbytes for pool in self._scratch or ()),
         )
         logger.info("memory: %s", self.memory_plan.describe())
-        self.kv_caches = kv_cache.allocate(
-            self.config, self.memory_plan.num_blocks, dtype=self.dtype, device=self.device
-        )
+        self.kv_caches = self._allocated(self.memory_plan.num_blocks)
+
+    def _allocated(self, num_blocks: int) -> list[KVCache]:
+        return kv_cache.allocate(
+            self.config, num_blocks, dtype=self.dtype, device=self.device, layer_scales=self._layer_scales,
+            scratch=self._scratch,
+        )  # fmt: skip
 
     def _warm_up(self) -> None:
         """Run steps that between them use every variant of every kernel, the largest first."""
@@ -260,6 +269,7 @@ class ModelRunner:
         attention = attention_variants(
             max_seqs, longest, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim,
             block_size=self.config.cache.block_size, dtype=self.dtype, device=self.device,
+            int8_kv=self.config.cache.quant_policy is not QuantPolicy.NONE,
         )  # fmt: skip
         for query_len in attention.max_query_lens:
             self._run_padding(0, [query_len])

@@ -9,7 +9,9 @@ from tritonmind.kernels.attention import (
     plan_decode,
 )
 from tritonmind.kernels.decode_plan import DecodePlan
+from tritonmind.kernels.flat_pages import FlatPages, plan_flat_pages
 from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.linear import gate_up, linear, product_variants
 from tritonmind.kernels.logit_edits import edit_logits
 from tritonmind.kernels.logprobs import TokenLogprobs, token_logprobs
@@ -31,9 +33,13 @@ __all__ = [
     "AttentionVariants",
     "DecodeInputs",
     "DecodePlan",
+    "FlatPages",
+    "KVScales",
+    "LayerScales",
     "SamplingState",
     "TokenInputs",
     "TokenLogprobs",
+    "TokenScales",
     "add_rms_norm",
     "attention_variants",
     "edit_logits",
@@ -45,6 +51,7 @@ __all__ = [
     "paged_prefill_attention",
     "philox_uniform",
     "plan_decode",
+    "plan_flat_pages",
     "prepare_decodes",
     "prepare_tokens",
     "product_variants",

@@ -18,3 +18,11 @@ class DecodePlan(NamedTuple):
     arrivals: torch.Tensor  # [B, Hkv] int32, pieces that have ended
     partial: torch.Tensor  # [max_pieces, H, D] fp32, outputs of pieces
     lse: torch.Tensor  # [max_pieces, H] fp32, their log-sum-exps
+
+
+def decode_itemsize(dtype: torch.dtype, int8_kv: bool) -> int:
+    """Bytes of an element, by which decode attention has its tile: 1 for int8 pages.
+
+    dtype: that attention computes in. fp32 decides for int8 pages too: what it multiplies is as large as without.
+    """
+    return 1 if int8_kv and dtype.itemsize < 4 else dtype.itemsize

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tritonmind.kernels.kv_quant import KVScales, TokenScales
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 MIN_TILE = 16
@@ -80,15 +82,26 @@ def check_ndim(name: str, tensor: torch.Tensor, ndim: int) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {ndim} dimensions")
 
 
-def check_kv_pools(k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError unless both are pools [num_blocks, num_kv_heads, block_size, head_dim] of one shape and `dtype`.
+def check_kv_pools(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: KVScales | None = None,
+) -> None:
+    """Raise ValueError unless both are pools [num_blocks, num_kv_heads, block_size, head_dim] of one shape.
 
+    They are of `dtype`, or of bytes where there are scales, whose pools must have the same sizes without head_dim.
     block_size is a power of two, and at least 16 for the Triton kernels, whose tiles are pages.
     """
     check_ndim("k_cache", k_cache, 4)
     shape = tuple(k_cache.shape)
-    check_tensor("k_cache", k_cache, shape, dtype, device)
-    check_tensor("v_cache", v_cache, shape, dtype, device)
+    stored = dtype if scales is None else torch.uint8
+    check_tensor("k_cache", k_cache, shape, stored, device)
+    check_tensor("v_cache", v_cache, shape, stored, device)
+    if isinstance(scales, TokenScales):
+        check_tensor("scales.k", scales.k, shape[:3], torch.float32, device)
+        check_tensor("scales.v", scales.v, shape[:3], torch.float32, device)
     block_size = shape[2]
     if block_size & (block_size - 1) or (block_size < MIN_TILE and use_triton(k_cache)):
         raise ValueError(f"k_cache has block_size {block_size}, expected a power of two, on a GPU at least {MIN_TILE}")

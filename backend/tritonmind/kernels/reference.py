@@ -6,6 +6,7 @@ serving path is cpu.py, which is faster and tested against this page.
 
 import torch
 
+from tritonmind.kernels.kv_quant import KVScales, LayerScales, dequantise, quantise, quantise_tokens
 from tritonmind.kernels.logprobs import TokenLogprobs
 from tritonmind.kernels.philox import gumbel_noise, philox_uniform
 from tritonmind.kernels.sampling_state import MIN_TEMPERATURE, PROMPT_FLAG, SamplingState
@@ -84,20 +85,43 @@ def rotary_kv_write(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    scales: KVScales | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Rotate q and k of each token, write k and v to slot block * block_size + offset. Returns q [T, H, D].
 
-    qkv: [T, W], or partial sums [S, T, W].
+    qkv: [T, W], or partial sums [S, T, W], of the caches' dtype or `dtype`. scales: of caches of bytes.
     """
-    qkv = _summed(qkv).to(k_cache.dtype)
+    qkv = _summed(qkv).to(dtype or (k_cache.dtype if scales is None else qkv.dtype))
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     k = rotate(k, cos_sin, positions)
     block_size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
-            k_cache[slot // block_size, :, slot % block_size] = k[token]
-            v_cache[slot // block_size, :, slot % block_size] = v[token]
+            at = slot // block_size, slice(None), slot % block_size
+            if isinstance(scales, LayerScales):
+                k_cache[at] = quantise(k[token], scales.k_scale, scales.k_zero)
+                v_cache[at] = quantise(v[token], scales.v_scale, scales.v_zero)
+            elif scales is not None:
+                k_cache[at], scales.k[at] = quantise_tokens(k[token])
+                v_cache[at], scales.v[at] = quantise_tokens(v[token])
+            else:
+                k_cache[at], v_cache[at] = k[token], v[token]
     return rotate(q, cos_sin, positions)
+
+
+def dequantise_pools(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, scales: KVScales | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pools of what is stored, fp32 where they are of bytes, else as they are."""
+    if scales is None:
+        return k_cache, v_cache
+    if isinstance(scales, LayerScales):
+        return (
+            dequantise(k_cache, scales.k_scale, scales.k_zero),
+            dequantise(v_cache, scales.v_scale, scales.v_zero),
+        )
+    return dequantise(k_cache, scales.k.unsqueeze(-1)), dequantise(v_cache, scales.v.unsqueeze(-1))
 
 
 def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, context_len: int) -> torch.Tensor:
@@ -129,9 +153,11 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    scales: KVScales | None = None,
 ) -> torch.Tensor:
     """One query token a sequence, q [B, H, D], against its pages. Rows of context_len 0 are zeros."""
     out = torch.zeros_like(q)
+    k_cache, v_cache = dequantise_pools(k_cache, v_cache, scales)
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len:
             k = gather_pages(k_cache, block_tables[row], context_len)
@@ -149,12 +175,14 @@ def paged_prefill_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Queries q [T, H, D] of S sequences one after another; the last of a sequence sits at context_len - 1.
 
     Query tokens before position 0 (a context_len below the number of queries) and beyond cu_seqlens_q[-1] give zeros.
     """
     out = torch.zeros_like(q)
+    k_cache, v_cache = dequantise_pools(k_cache, v_cache, scales)
     starts = cu_seqlens_q.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = max(starts[row], starts[row + 1] - context_len), starts[row + 1]

@@ -112,7 +112,8 @@ def takes_many_rows(card: Card, sizes: Sizes) -> bool:
 
 
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
-    stages = 5 if card.capability in LARGE_SHARED_MEMORY and sizes["itemsize"] < 4 else _attention_stages(sizes)
+    roomy = card.capability in LARGE_SHARED_MEMORY or sizes["itemsize"] == 1
+    stages = 5 if roomy and sizes["itemsize"] < 4 else _attention_stages(sizes)
     tile = Tile(block_n=_tile_tokens(sizes), programs_per_sm=2, num_warps=2, num_stages=stages)
     # Few sequences wait for the latency of their tiles, which shorter pieces have fewer of.
     return Step(FEW_SEQS, tile._replace(programs_per_sm=4)), Step(UNLIMITED, tile)
@@ -154,7 +155,7 @@ def _attention_stages(sizes: Sizes) -> int:
     return 2 if sizes["itemsize"] == 4 else 3
 
 
-# itemsize: bytes of an element of the KV cache.
+# itemsize: bytes of an element of the pages that are read; see decode_plan.decode_itemsize.
 _ATTENTION_SIZES = ("head_dim", "group", "block_size", "itemsize")
 _PRODUCT_FIELDS = ("block_m", "block_n", "block_k", "prefetch", "num_warps", "num_stages")
 KERNELS = {

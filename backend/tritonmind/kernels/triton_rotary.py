@@ -7,7 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonmind.kernels.kv_quant import KVScales
 from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
+from tritonmind.kernels.triton_int8 import MAX_LEVEL, MIN_SCALE, kind_of, quantise, scale_arguments
 from tritonmind.kernels.triton_linear import load_sum
 
 BLOCK_ELEMENTS = 2048  # of a program: few enough to spread one token over the card
@@ -22,6 +24,10 @@ def _rotary_kv_write_kernel(
     slot_mapping_ptr,  # [T]
     k_cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     v_cache_ptr,
+    k_scale,  # of the layer; with SCALES "token": pools [num_blocks, NUM_KV_HEADS, BLOCK_SIZE] fp32
+    v_scale,
+    k_zero,
+    v_zero,
     out_ptr,  # [T, NUM_HEADS, HEAD_DIM]
     num_tokens,
     NUM_HEADS: tl.constexpr,
@@ -31,6 +37,7 @@ def _rotary_kv_write_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALES: tl.constexpr,  # of caches that are bytes: "layer" or "token", else None
     PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -53,20 +60,37 @@ def _rotary_kv_write_kernel(
     split_stride = num_tokens.to(tl.int64) * WIDTH
     first = load_sum(qkv_ptr + token * WIDTH + element, split_stride, inside, SPLITS)
     second = load_sum(qkv_ptr + token * WIDTH + HALF + element, split_stride, inside, SPLITS)
-    turned_first = tl.where(is_value, first, first * cos - second * sin).to(out_ptr.dtype.element_ty)
-    turned_second = tl.where(is_value, second, second * cos + first * sin).to(out_ptr.dtype.element_ty)
+    turned_first = tl.where(is_value, first, first * cos - second * sin)
+    turned_second = tl.where(is_value, second, second * cos + first * sin)
 
     query = out_ptr + token * NUM_HEADS * HEAD_DIM + element
-    tl.store(query, turned_first, mask=inside & is_query)
-    tl.store(query + HALF, turned_second, mask=inside & is_query)
+    tl.store(query, turned_first.to(out_ptr.dtype.element_ty), mask=inside & is_query)
+    tl.store(query + HALF, turned_second.to(out_ptr.dtype.element_ty), mask=inside & is_query)
     if slot >= 0:
         kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
-        page_row = (slot // BLOCK_SIZE).to(tl.int64) * NUM_KV_HEADS + kv_head
-        cached = (page_row * BLOCK_SIZE + slot % BLOCK_SIZE)[:, None] * HEAD_DIM + pair[None, :]
-        tl.store(k_cache_ptr + cached, turned_first, mask=inside & is_key)
-        tl.store(k_cache_ptr + cached + HALF, turned_second, mask=inside & is_key)
-        tl.store(v_cache_ptr + cached, turned_first, mask=inside & is_value)
-        tl.store(v_cache_ptr + cached + HALF, turned_second, mask=inside & is_value)
+        page_row = ((slot // BLOCK_SIZE).to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        cached = page_row[:, None] * HEAD_DIM + pair[None, :]
+        if SCALES == "token":
+            both = tl.where(inside, tl.maximum(tl.abs(turned_first), tl.abs(turned_second)), 0.0)
+            scale = tl.maximum(tl.max(both, axis=1) / MAX_LEVEL, MIN_SCALE)
+            is_head = head < NUM_HEADS + 2 * NUM_KV_HEADS
+            tl.store(k_scale + page_row, scale, mask=is_head & (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS))
+            tl.store(v_scale + page_row, scale, mask=is_head & (head >= NUM_HEADS + NUM_KV_HEADS))
+            per_step = (1.0 / scale)[:, None]
+            stored_first = quantise(turned_first, per_step)
+            stored_second = quantise(turned_second, per_step)
+        elif SCALES == "layer":
+            per_step = 1.0 / tl.where(is_value, v_scale, k_scale)
+            zero = tl.where(is_value, v_zero, k_zero)
+            stored_first = quantise(turned_first - zero, per_step)
+            stored_second = quantise(turned_second - zero, per_step)
+        else:
+            stored_first = turned_first.to(k_cache_ptr.dtype.element_ty)
+            stored_second = turned_second.to(k_cache_ptr.dtype.element_ty)
+        tl.store(k_cache_ptr + cached, stored_first, mask=inside & is_key)
+        tl.store(k_cache_ptr + cached + HALF, stored_second, mask=inside & is_key)
+        tl.store(v_cache_ptr + cached, stored_first, mask=inside & is_value)
+        tl.store(v_cache_ptr + cached + HALF, stored_second, mask=inside & is_value)
 
 
 def rotary_kv_write(
@@ -76,6 +100,7 @@ def rotary_kv_write(
     slot_mapping: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    scales: KVScales | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Launch on checked arguments; see rotary.rotary_kv_write."""
@@ -85,9 +110,9 @@ def rotary_kv_write(
         pdl, block_half = use_pdl(qkv.device), triton.next_power_of_2(head_dim // 2)
         block_heads = BLOCK_ELEMENTS // (2 * block_half)
         _rotary_kv_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
-            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, out, num_tokens,
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *scale_arguments(scales), out, num_tokens,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-            BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, SPLITS=len(qkv) if qkv.dim() == 3 else 1, PDL=pdl,
-            num_warps=2, launch_pdl=pdl,
+            BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, SPLITS=len(qkv) if qkv.dim() == 3 else 1,
+            SCALES=kind_of(scales), PDL=pdl, num_warps=2, launch_pdl=pdl,
         )  # fmt: skip
     return out

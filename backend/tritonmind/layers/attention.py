@@ -7,32 +7,41 @@ import dataclasses
 import torch
 from torch import nn
 
-from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, plan_decode, rotary_kv_write
-from tritonmind.model_inputs import AttentionMetadata, ModelInputs
+from tritonmind.kernels import (
+    paged_decode_attention,
+    paged_prefill_attention,
+    plan_decode,
+    plan_flat_pages,
+    rotary_kv_write,
+)
+from tritonmind.model_inputs import AttentionMetadata, KVCache, ModelInputs
 
 
-def with_decode_plan(
-    inputs: ModelInputs, kv_cache: tuple[torch.Tensor, torch.Tensor], *, num_heads: int
-) -> ModelInputs:
-    """The inputs with a plan for their decodes, which all layers follow. kv_cache: any layer's."""
+def with_attention_plans(inputs: ModelInputs, kv_cache: KVCache, *, num_heads: int, dtype: torch.dtype) -> ModelInputs:
+    """The inputs with the plans that all layers follow. kv_cache: any layer's. dtype: the model's."""
     metadata = inputs.attention
-    if not metadata.num_decodes:
-        return inputs
-    _, num_kv_heads, block_size, head_dim = kv_cache[0].shape
-    plan = plan_decode(
-        metadata.decode_context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        block_size=block_size, dtype=kv_cache[0].dtype,
-    )  # fmt: skip
-    if plan is None:
-        return inputs
-    return dataclasses.replace(inputs, attention=dataclasses.replace(metadata, decode_plan=plan))
+    if metadata.num_decodes:
+        _, num_kv_heads, block_size, head_dim = kv_cache.k.shape
+        plan = plan_decode(
+            metadata.decode_context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+            block_size=block_size, dtype=dtype, int8_kv=kv_cache.scales is not None,
+        )  # fmt: skip
+        metadata = dataclasses.replace(metadata, decode_plan=plan)
+    if metadata.prefill_lens and kv_cache.scratch is not None:
+        flat_pages = plan_flat_pages(
+            *kv_cache.scratch, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
+            metadata.prefill_context_lens, lens=metadata.prefill_lens,
+        )  # fmt: skip
+        metadata = dataclasses.replace(metadata, flat_pages=flat_pages)
+    return dataclasses.replace(inputs, attention=metadata)
 
 
 class Attention(nn.Module):
     """Grouped-query attention of one layer. Holds no weights; the cache is passed in."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -43,14 +52,14 @@ class Attention(nn.Module):
         qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
         cos_sin: torch.Tensor,  # [max_model_len, head_dim] fp32
         positions: torch.Tensor,  # [num_tokens]
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """-> [num_tokens, num_heads * head_dim]"""
-        k_cache, v_cache = kv_cache
         q = rotary_kv_write(
-            qkv, cos_sin, positions, metadata.slot_mapping, k_cache, v_cache,
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
+            qkv, cos_sin, positions, metadata.slot_mapping, kv_cache.k, kv_cache.v,
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, scales=kv_cache.scales,
+            dtype=self.dtype,
         )  # fmt: skip
         num_decodes, num_tokens = metadata.num_decodes, q.shape[0]
         if num_decodes == num_tokens:
@@ -59,20 +68,20 @@ class Attention(nn.Module):
         if num_decodes:
             self._decode(q[:num_decodes], kv_cache, metadata, out[:num_decodes])
         paged_prefill_attention(
-            q[num_decodes:], k_cache, v_cache, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
+            q[num_decodes:], kv_cache.k, kv_cache.v, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
             metadata.prefill_context_lens, max_query_len=metadata.max_query_len, softmax_scale=self.softmax_scale,
-            out=out[num_decodes:],
+            scales=kv_cache.scales, flat=metadata.flat_pages, out=out[num_decodes:],
         )  # fmt: skip
         return out.view(num_tokens, -1)
 
     def _decode(
         self,
         q: torch.Tensor,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: KVCache,
         metadata: AttentionMetadata,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
         return paged_decode_attention(
-            q, *kv_cache, metadata.decode_block_tables, metadata.decode_context_lens,
-            softmax_scale=self.softmax_scale, plan=metadata.decode_plan, out=out,
+            q, kv_cache.k, kv_cache.v, metadata.decode_block_tables, metadata.decode_context_lens,
+            softmax_scale=self.softmax_scale, scales=kv_cache.scales, plan=metadata.decode_plan, out=out,
         )  # fmt: skip

@@ -10,13 +10,13 @@ from torch import nn
 
 from tritonmind.config import ModelConfig
 from tritonmind.kernels import gather_rows
-from tritonmind.layers.attention import Attention, with_decode_plan
+from tritonmind.layers.attention import Attention, with_attention_plans
 from tritonmind.layers.linear import GatedLinear, Linear
 from tritonmind.layers.norm import RMSNorm
 from tritonmind.layers.rotary import cos_sin_table
-from tritonmind.model_inputs import ModelInputs
+from tritonmind.model_inputs import KVCache, ModelInputs
 
-KVCaches = SequenceABC[tuple[torch.Tensor, torch.Tensor]]
+KVCaches = SequenceABC[KVCache]
 
 
 class HiddenStates(NamedTuple):
@@ -36,7 +36,7 @@ class LlamaLayer(nn.Module):
         inter = config.intermediate_size
         self.attention_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
         self.w_qkv = Linear(hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, device=device)
-        self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim)
+        self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim, dtype)
         self.wo = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
         self.ffn_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
         self.w13 = GatedLinear(hidden, inter, dtype=dtype, device=device)
@@ -48,7 +48,7 @@ class LlamaLayer(nn.Module):
         residual: torch.Tensor | None,
         cos_sin: torch.Tensor,
         inputs: ModelInputs,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: KVCache,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """rows: [n] int32, the tokens that the results are wanted of; None for all. K and V are written of all."""
@@ -98,7 +98,8 @@ class LlamaForCausalLM(nn.Module):
         rows: [n] int32, the tokens whose hidden states are wanted, None for all. Of the others the last layer computes
         K and V only: with one row a prompt, that saves most of a layer.
         """
-        inputs = with_decode_plan(inputs, kv_caches[0], num_heads=self.config.num_heads)
+        dtype = self.tok_embeddings.dtype
+        inputs = with_attention_plans(inputs, kv_caches[0], num_heads=self.config.num_heads, dtype=dtype)
         x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
         last = self.layers[-1]

@@ -148,6 +148,7 @@ def _step(
             prefill_context_lens=contexts[num_decodes:].to(device),
             prefill_cu_seqlens_q=cu_seqlens.to(device),
             max_query_len=0 if num_decodes else int(lengths.max()),
+            prefill_lens=[] if num_decodes else list(zip(lengths.tolist(), ends, strict=True)),
         ),
     )
     return Step(inputs, torch.tensor(active)[rows], tokens(1).to(device))

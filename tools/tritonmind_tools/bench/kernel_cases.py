@@ -24,7 +24,7 @@ EDITS_PER_ROW = 16
 NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: a list of sizes, and noise for the CPU; the card's is part of sample_tokens.
-NOT_MEASURED = {"attention_variants", "gumbel_noise", "philox_uniform", "product_variants"}
+NOT_MEASURED = {"attention_variants", "gumbel_noise", "philox_uniform", "plan_flat_pages", "product_variants"}
 
 
 class Setting(NamedTuple):

@@ -19,8 +19,8 @@ SYNCHRONISE = "cudaDeviceSynchronize"
 
 # Kinds of work by what a kernel's short name holds; the first that fits counts.
 GROUPS = (
-    ("decode attention", re.compile(r"_decode_kernel|_plan_kernel|_combine_kernel|decode_attention")),
-    ("prefill attention", re.compile(r"_prefill_kernel|prefill_attention")),
+    ("decode attention", re.compile(r"_decode_(int8_)?kernel|_plan_kernel|_combine_kernel|decode_attention")),
+    ("prefill attention", re.compile(r"_prefill_kernel|_plan_group_kernel|_flatten_kernel|prefill_attention")),
     ("attention", re.compile(r"scaled_dot_product")),
     (
         "matrix products",

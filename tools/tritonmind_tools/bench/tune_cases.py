@@ -28,7 +28,7 @@ from tritonmind_tools.bench.timing import seconds_per_call
 JITTED = {
     "linear": ("triton_linear._linear_kernel",),
     "gate_up": ("triton_linear._gate_up_kernel",),
-    "decode_attention": ("triton_decode_attention._decode_kernel",),
+    "decode_attention": ("triton_decode_attention._decode_kernel", "triton_decode_int8._decode_int8_kernel"),
     "prefill_attention": ("triton_prefill_attention._prefill_kernel", "gluon_prefill_attention._long_prefill_kernel"),
 }
 # Context of decoding sequences: few are timed with long ones, many with what fits beside each other.

@@ -1,0 +1,114 @@
+"""Int8 pages of prompts as floating-point pages, for one layer at a time: what prefill attention reads on a GPU.
+
+Each tile of queries would turn the same bytes into numbers again. So the pages of a step's prompts are written out once
+a layer, one after the other into a scratch, and the kernels for floating-point pages attend over that. Attention sees
+what is stored, of a step's own tokens too: a result does not depend on how a prompt was cut into chunks.
+
+Prompts whose pages do not fit the scratch together go in groups. A plan of the groups is made once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, check_ndim, check_tensor
+from tritonmind.kernels.kv_quant import KVScales
+
+
+class PromptGroup(NamedTuple):
+    """Sequences first_seq to end_seq of a step's prompts, with queries first_token to end_token, from 0.
+
+    Page i of the scratch is a copy of blocks[i]. The other tensors are the arguments of paged_prefill_attention for the
+    group alone, with the pages of the scratch.
+    """
+
+    first_seq: int
+    end_seq: int
+    first_token: int
+    end_token: int
+    max_query_len: int
+    blocks: torch.Tensor  # [num_pages] int32
+    block_tables: torch.Tensor  # [end_seq - first_seq, max_blocks] int32
+    cu_seqlens_q: torch.Tensor  # [end_seq - first_seq + 1] int32
+
+
+class FlatPages(NamedTuple):
+    """A scratch of pages, [capacity, num_kv_heads, block_size, head_dim] each, and the groups that go through it."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    groups: list[PromptGroup]
+
+
+def plan_flat_pages(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    lens: Sequence[tuple[int, int]],
+) -> FlatPages:
+    """Groups of prompts for the scratch k, v, once a step for all layers.
+
+    The other tensors are those that paged_prefill_attention gets, on the device. lens: query_len and context_len of
+    each sequence, as the host knows them. Raises ValueError for a wrong shape, dtype or device, or a sequence that does
+    not fit the scratch.
+    """
+    check_kv_pools(k, v, k.dtype, block_tables.device)
+    capacity, _, block_size, _ = k.shape
+    check_block_tables(block_tables, len(lens), k.device)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (len(lens) + 1,), torch.int32, k.device)
+    check_tensor("context_lens", context_lens, (len(lens),), torch.int32, k.device)
+    from tritonmind.kernels import triton_flat_pages
+
+    groups = []
+    first_token = 0
+    for first, end in _groups([-(-context_len // block_size) for _, context_len in lens], capacity):
+        chosen = lens[first:end]
+        end_token = first_token + sum(query_len for query_len, _ in chosen)
+        num_pages = sum(-(-context_len // block_size) for _, context_len in chosen)
+        blocks, tables, starts = triton_flat_pages.plan_group(
+            block_tables[first:end], cu_seqlens_q[first : end + 1], context_lens[first:end], block_size, num_pages
+        )
+        longest = max(1, *(query_len for query_len, _ in chosen), 1)
+        groups.append(PromptGroup(first, end, first_token, end_token, longest, blocks, tables, starts))
+        first_token = end_token
+    return FlatPages(k, v, groups)
+
+
+def _groups(num_pages: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """First and end of runs of sequences whose pages fit together."""
+    found: list[tuple[int, int]] = []
+    first = used = 0
+    for seq, count in enumerate(num_pages):
+        if count > capacity:
+            raise ValueError(f"sequence {seq} has {count} pages, expected at most {capacity}, those of the scratch")
+        if used + count > capacity:
+            found.append((first, seq))
+            first, used = seq, 0
+        used += count
+    return [*found, (first, len(num_pages))] if num_pages else found
+
+
+def flatten_pages(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, scales: KVScales, blocks: torch.Tensor, *, k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write what blocks [n] int32 of uint8 caches stand for to the first n pages of k and v, in their dtype.
+
+    Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    check_kv_pools(k_cache, v_cache, torch.uint8, k.device, scales)
+    check_kv_pools(k, v, k.dtype, k.device)
+    check_ndim("blocks", blocks, 1)
+    if k.shape[1:] != k_cache.shape[1:] or len(blocks) > len(k):
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}, expected {(f'{len(blocks)} or more', *k_cache.shape[1:])} as the caches"
+        )
+    from tritonmind.kernels import triton_flat_pages
+
+    triton_flat_pages.flatten_pages(k_cache, v_cache, scales, blocks, k, v)
