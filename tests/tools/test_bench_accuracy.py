@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM
 from tritonmind.chat_template import load_chat_template
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.tokenizer import Tokenizer
+from tritonmind_tools.bench import accuracy
 from tritonmind_tools.bench.accuracy_scores import TokenScores, score, summarise
 from tritonmind_tools.bench.evaluation import read_texts
-from tritonmind_tools.cli import main
+from tritonmind_tools.cli import build_parser, main
 
 MAX_LEN = 150  # more than two blocks of the cache
 CONVERSATIONS = [
@@ -149,6 +150,27 @@ def test_texts_come_in_windows_that_begin_as_prompts_do(models: dict[str, Any], 
     path.write_text("Short.")
     with pytest.raises(ConfigError, match=r"long.txt' holds no text of at least 16 tokens"):
         read_texts(path, tokenizer, None, num_texts=3, max_len=50)
+
+
+def test_candidates_and_their_quant_policies(tmp_path: Path) -> None:
+    def candidates(*arguments: str) -> list[tuple[str, str, int | None]]:
+        args = build_parser().parse_args(["bench", "accuracy", "ref", *arguments, "--data", "x.txt"])
+        return [tuple(candidate) for candidate in accuracy._candidates(args)]
+
+    (tmp_path / "a=b@8").mkdir()
+    odd = str(tmp_path / "a=b@8")
+    assert candidates() == []
+    assert candidates("--quant-policy", "4,8") == [("ref", "ref", 4), ("ref", "ref", 8)]
+    assert candidates("awq=./one", "kv=dir/two@8", odd) == [
+        ("awq", "./one", None),
+        ("kv", "dir/two", 8),
+        ("a=b@8", odd, None),
+    ]
+    assert candidates("one@4", "two", "--quant-policy", "0,8") == [
+        ("one", "one", 4),
+        ("two", "two", 0),
+        ("two", "two", 8),
+    ]
 
 
 def test_what_cannot_be_compared_is_named(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tritonmind_tools.bench.accuracy_scores import TokenScores
 
 REFERENCE = "reference"
+POLICIES = {"0", "4", "8"}  # of quant_policy
 NUM_TEXTS, MAX_LEN = 128, 512
 LOGITS_ROWS = 256  # tokens whose distributions are compared at a time
 # A candidate's memory, as a multiple of its weights and cache: logits, and what reading the weights takes.
@@ -41,11 +42,14 @@ def register(kinds: Any) -> None:
         "accuracy", help="what quantisation costs: perplexity, KL divergence, top-1 agreement", description=__doc__
     )
     parser.add_argument("reference", help="workspace or checkpoint that the others are held against")
-    parser.add_argument("candidates", nargs="*", metavar="[LABEL=]CANDIDATE", help="workspaces or checkpoints")
+    parser.add_argument(
+        "candidates", nargs="*", metavar="[LABEL=]CANDIDATE[@P]",
+        help="workspaces or checkpoints, one perhaps with a quant_policy: ./workspace@8",
+    )  # fmt: skip
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out .txt, .jsonl or ShareGPT's .json")
     parser.add_argument(
-        "--quant-policy", metavar="P,P...", help="measure each candidate under each of 0, 4, 8; without candidates the "
-        "reference (default: as each workspace says)",
+        "--quant-policy", metavar="P,P...", help="measure each candidate without @P under each of 0, 4, 8; without "
+        "candidates the reference (default: as each workspace says)",
     )  # fmt: skip
     parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="how many (default %(default)s)")
     parser.add_argument("--max-len", type=int, default=MAX_LEN, help="tokens of a text (default %(default)s)")
@@ -100,16 +104,21 @@ def _candidates(args: argparse.Namespace) -> list[Candidate]:
     """As the command line names them, each with each quant_policy. Raises ConfigError for one that is none."""
     policies: list[int | None] = [None]
     if args.quant_policy is not None:
-        if not set(args.quant_policy.split(",")) <= {"0", "4", "8"}:
+        if not set(args.quant_policy.split(",")) <= POLICIES:
             raise ConfigError(f"--quant-policy={args.quant_policy!r}: known are 0 (16 bit), 4 and 8 (int8)")
         policies = [int(text) for text in args.quant_policy.split(",")]
-    named = []
-    for text in args.candidates or [f"{Path(args.reference).name}={args.reference}"] * (args.quant_policy is not None):
+    candidates = []
+    for text in args.candidates or [args.reference] * (args.quant_policy is not None):
         label, equals, path = text.partition("=")
         if not equals or Path(text).exists():
-            label, path = Path(text).name, text
-        named.append((label, path))
-    return [Candidate(label, path, policy) for label, path in named for policy in policies]
+            label, path = "", text
+        before, at, policy = path.rpartition("@")
+        own = at and policy in POLICIES and not Path(path).exists()
+        path = before if own else path
+        candidates += [
+            Candidate(label or Path(path).name, path, chosen) for chosen in ([int(policy)] if own else policies)
+        ]
+    return candidates
 
 
 def _check_same_tokens(
