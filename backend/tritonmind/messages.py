@@ -120,7 +120,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent once, when the engine is ready. memory_plan is text for people."""
+    """Sent once, when the engine is ready. memory_plan is text for people, memory_bytes its parts by name."""
 
     device: str
     dtype: str
@@ -132,6 +132,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_queue_size: int
     vocab_size: int
     memory_plan: str
+    memory_bytes: dict[str, int] = {}
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):

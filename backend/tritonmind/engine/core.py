@@ -55,6 +55,7 @@ class EngineCore:
             max_queue_size=limits.max_queue_size,
             vocab_size=config.model.vocab_size,
             memory_plan=runner.memory_plan.describe(),
+            memory_bytes=runner.memory_plan.parts(),
         )
         self._in_flight: deque[_InFlight] = deque()
         self._num_steps = 0

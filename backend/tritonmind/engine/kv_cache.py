@@ -34,22 +34,24 @@ class MemoryPlan(NamedTuple):
     def cache_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
-    def describe(self) -> str:
-        """One line with every part, and what is left for others."""
-        left = self.free_bytes - self.reserved_bytes - self.graphs_bytes - self.cache_bytes
-        taken = {
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part that there is, by name; of graphs what is kept for them."""
+        parts = {
             "weights": self.weights_bytes,
             "activations": self.reserved_bytes,
             "graphs": self.graphs_bytes,
             "prompts' pages": self.scratch_bytes,
+            "KV cache": self.cache_bytes,
         }
-        parts = [f"{name} {_gib(num_bytes)}" for name, num_bytes in taken.items() if num_bytes]
-        parts.append(
-            f"{'int8 ' if self.is_int8 else ''}KV cache {_gib(self.cache_bytes)} = {self.num_blocks} blocks of "
-            f"{self.block_size} tokens "
-            f"({self.num_blocks * self.block_size} tokens)"
-        )
-        return ", ".join([*parts, f"{_gib(left)} stay free"])
+        return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
+
+    def describe(self) -> str:
+        """One line with every part, and what is left for others."""
+        left = self.free_bytes - self.reserved_bytes - self.graphs_bytes - self.cache_bytes
+        *others, cache = [f"{name} {_gib(num_bytes)}" for name, num_bytes in self.parts().items()]
+        blocks = f"{self.num_blocks} blocks of {self.block_size} tokens ({self.num_blocks * self.block_size} tokens)"
+        kind = "int8 " if self.is_int8 else ""
+        return ", ".join([*others, f"{kind}{cache} = {blocks}", f"{_gib(left)} stay free"])
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:

@@ -10,6 +10,7 @@ from tritonmind_tools.bench import (
     compare,
     kernels,
     lm_eval_tasks,
+    memory,
     plot,
     profile,
     serving,
@@ -29,6 +30,7 @@ def register(commands: Any) -> None:
     compare.register(kinds)
     accuracy.register(kinds)
     lm_eval_tasks.register(kinds)
+    memory.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
     tune.register(kinds)
