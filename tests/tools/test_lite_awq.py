@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tests.checkpoints import make_llama_checkpoint
 from tests.tolerances import assert_close
-from tests.tools.lite_cases import calibrated
+from tests.tools.lite_cases import calibrated, write_conversations
 from transformers import LlamaForCausalLM
 
 from tritonmind.checkpoints.reading import open_checkpoint
@@ -21,6 +22,7 @@ from tritonmind.kernels.reference import rms_norm
 from tritonmind.layers.rotary import cos_sin_table
 from tritonmind_tools.cli import main
 from tritonmind_tools.lite import auto_awq as command
+from tritonmind_tools.lite import variants
 from tritonmind_tools.lite.auto_awq import auto_awq
 from tritonmind_tools.lite.awq_search import NUM_ALPHAS, group_products, search_clip, search_scales
 from tritonmind_tools.lite.decoder_layer import QKV, W1, W2, WO, DecoderLayer
@@ -263,3 +265,18 @@ def test_nothing_half_written_is_left(
         auto_awq(tmp_path / "damaged", tmp_path / "out", group_size=GROUP, scaling="none")
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "damaged/config.json").read_bytes())["num_hidden_layers"] == 2
+
+
+def test_variants_share_a_draw_and_leave_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_llama_checkpoint(tmp_path / "checkpoint")
+    dataset = write_conversations(tmp_path / "chats.json")
+    command = ["variants", str(tmp_path / "checkpoint"), str(dataset), str(tmp_path / "out"), "--seeds", "0", "1"]
+    command += ["--w-group-size", str(GROUP), "--calib-samples", "3", "--calib-seqlen", "24"]
+    monkeypatch.setattr(sys, "argv", command)
+    variants.main()
+    files = {path.parent.name: path.read_bytes() for path in (tmp_path / "out").glob("*/model.safetensors")}
+    assert files.keys() == {"nearest", "search-0", "search-1", "smooth-0", "smooth-1"}
+    assert len(set(files.values())) == 5
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    variants.main()
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items() if path.name == "model.safetensors")
