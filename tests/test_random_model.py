@@ -11,10 +11,11 @@ import torch
 from tests.workspaces import convert
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import ConfigError, WorkspaceError
+from tritonmind.kernels.awq_format import AwqWeight, dequantize
 from tritonmind.messages import EngineRequest
 from tritonmind.model_source import open_model
 from tritonmind.random_model import SHAPES, RandomModel
-from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
+from tritonmind.tensor_layout import AWQ_KINDS, common_tensor_specs, tensor_specs
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
 from tritonmind_tools.bench import random_checkpoint
@@ -38,6 +39,21 @@ def test_tensors_are_those_of_the_layout(dtype: str, drawn: torch.dtype) -> None
         assert 0.01 < tensor.float().std().item() < 0.03, name
     again = dict(open_model("random:tiny", dtype=dtype).tensors(rank=0))
     assert all(torch.equal(tensor, again[name].to(tensor.device)) for name, tensor in found.items())
+
+
+def test_4_bit_weights_are_those_of_the_layout() -> None:
+    """With the mean and the deviation of the others', and with groups that fit."""
+    source = open_model("random:tiny:int4")
+    assert (source.model.weight_type, source.model.group_size, source.model.float_type) == ("int4", 32, "fp16")
+    assert open_model("random:llama-2-7b:int4").model.group_size == 128
+    found = dict(source.tensors(rank=0))
+    specs = common_tensor_specs(source.model) | tensor_specs(source.model, 1, 0)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: spec.shape for name, spec in specs.items()
+    }
+    w2 = dequantize(AwqWeight(*(found[f"layers.0.feed_forward.w2.0.{kind}"] for kind in AWQ_KINDS)))
+    assert w2.mean().item() == pytest.approx(0.0, abs=0.001) and w2.std().item() == pytest.approx(0.02, rel=0.1)
+    assert found["norm.weight"].dtype == torch.float16
 
 
 def test_a_written_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
@@ -90,6 +106,10 @@ def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_it_cannot_be_is_named() -> None:
     with pytest.raises(ConfigError, match="'random:llama-9' names no known shape; there are random:llama-2-7b, "):
         open_model("random:llama-9")
+    with pytest.raises(
+        ConfigError, match=r"'random:tiny:int3' names no known shape; .* each also with :int4 behind it"
+    ):
+        open_model("random:tiny:int3")
     with pytest.raises(ConfigError, match="dtype='fp8' is not one of auto, fp16, bf16, fp32"):
         open_model("random:tiny", dtype="fp8")
     with pytest.raises(WorkspaceError, match="random:tiny has no tokenizer"):

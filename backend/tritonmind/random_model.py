@@ -1,4 +1,7 @@
-"""Models of known shapes with random weights, made while loading: for measurements, where no files can be had."""
+"""Models of known shapes with random weights, made while loading: for measurements, where no files can be had.
+
+`random:llama-2-7b` is one, and `random:llama-2-7b:int4` one with 4-bit weights, in the portable AWQ form.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from tritonmind.config import EngineConfig, ModelConfig, WeightType
+from tritonmind.config import GROUP_SIZES, EngineConfig, FloatType, ModelConfig
 from tritonmind.config_ini import build_engine_config, new_settings
 from tritonmind.errors import ConfigError, WorkspaceError
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
@@ -16,11 +19,15 @@ if TYPE_CHECKING:
 
 PREFIX = "random:"
 AUTO = "auto"
+INT4 = "int4"
 KV_RANGE = 16.0
 WEIGHT_STD = 0.02  # as Llama initialises
 
 _TENSOR_PARALLEL_SIZE = 1
-_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I32": "int32"}
+# Levels 0 to 15, each as likely, less zero points of 7 and 8 in turn, have a mean of 0 and this standard deviation.
+_ZERO_POINTS = 0x78787878
+_LEVELS_STD = (85 / 4 + 1 / 4) ** 0.5
 
 
 class Shape(NamedTuple):
@@ -39,12 +46,18 @@ class Shape(NamedTuple):
         return self.hidden_size // self.num_heads
 
     @property
+    def group_size(self) -> int:
+        """Of 4-bit weights: the largest that divides what the linear layers read."""
+        return max(size for size in GROUP_SIZES if not (self.hidden_size % size or self.intermediate_size % size))
+
+    @property
     def qkv_size(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
 SHAPES = {
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama-2-13b": Shape(5120, 13824, 40, 40, 40, 32000, 4096),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
     # No known model: enough layers and heads that a test on a card works it as it would a large one.
     "llama-150m": Shape(768, 2048, 16, 12, 4, 32000, 4096),
@@ -56,15 +69,19 @@ SHAPES = {
 class RandomModel:
     """A model of a known shape, read like a Workspace. The same name and type give the same weights on one device.
 
-    weight_type: auto is fp16. Raises ConfigError for an unknown shape or a type that weights cannot be drawn in.
+    weight_type: auto is fp16; of a model whose name says int4, of what is not in 4 bits. Raises ConfigError for an
+    unknown shape or a type that weights cannot be drawn in.
     """
 
     def __init__(self, name: str, *, weight_type: str = AUTO) -> None:
-        shape_name = name.removeprefix(PREFIX)
-        if shape_name not in SHAPES:
-            raise ConfigError(f"{name!r} names no known shape; there are {', '.join(PREFIX + key for key in SHAPES)}")
-        self.name = PREFIX + shape_name
-        self.model = _model_config(shape_name, "fp16" if weight_type == AUTO else weight_type)
+        shape_name, colon, kind = name.removeprefix(PREFIX).partition(":")
+        if shape_name not in SHAPES or (colon and kind != INT4):
+            raise ConfigError(
+                f"{name!r} names no known shape; there are {', '.join(PREFIX + key for key in SHAPES)}, "
+                f"each also with :{INT4} behind it"
+            )
+        self.name = name
+        self.model = _model_config(shape_name, "fp16" if weight_type == AUTO else weight_type, int4=bool(colon))
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -98,21 +115,32 @@ class RandomModel:
         specs = common_tensor_specs(self.model) | tensor_specs(self.model, _TENSOR_PARALLEL_SIZE, rank)
         for name, spec in specs.items():
             value = torch.empty(spec.shape, dtype=getattr(torch, _TORCH_NAMES[spec.dtype]), device=device)
-            yield name, value.normal_(1.0 if name.endswith("norm.weight") else 0.0, WEIGHT_STD, generator=generator)
+            if name.endswith(".qweight"):
+                value.random_(-(1 << 31), (1 << 31) - 1, generator=generator)
+            elif name.endswith(".qzeros"):
+                value.fill_(_ZERO_POINTS)
+            elif name.endswith(".scales"):
+                value.uniform_(0.5, 1.5, generator=generator).mul_(WEIGHT_STD / _LEVELS_STD)
+            else:
+                value.normal_(1.0 if name.endswith("norm.weight") else 0.0, WEIGHT_STD, generator=generator)
+            yield name, value
 
 
-def _model_config(shape_name: str, weight_type: str) -> ModelConfig:
-    drawn = [kind for kind in get_args(WeightType) if kind != "int4"]
-    if weight_type not in drawn:
-        raise ConfigError(f"dtype={weight_type!r} is not one of {', '.join((AUTO, *drawn))}")
+def _model_config(shape_name: str, float_type: str, *, int4: bool) -> ModelConfig:
+    drawn = get_args(FloatType)
+    if float_type not in drawn:
+        raise ConfigError(f"dtype={float_type!r} is not one of {', '.join((AUTO, *drawn))}")
+    shape = SHAPES[shape_name]
     return ModelConfig(
         architecture="LlamaForCausalLM",
         model_name=shape_name,
-        head_dim=SHAPES[shape_name].head_dim,
+        head_dim=shape.head_dim,
         norm_eps=1e-5,
         rope_theta=10000.0,
-        weight_type=weight_type,  # type: ignore[arg-type]
+        weight_type=INT4 if int4 else float_type,  # type: ignore[arg-type]
+        group_size=shape.group_size if int4 else 0,
+        unquantized_type=float_type,  # type: ignore[arg-type]
         bos_token_id=1,
         eos_token_ids=(2,),
-        **SHAPES[shape_name]._asdict(),
+        **shape._asdict(),
     )

@@ -30,6 +30,9 @@ TOO_OLD = (
 # 7 B parameters: 32 layers of 202 M linear weights, two vocabularies of 131 M.
 MODEL = dataclasses.replace(LLAMA_2_7B, model_name="seven")
 CONFIG = EngineConfig(model=MODEL, cache=CacheConfig(), scheduler=SchedulerConfig(max_model_len=4096))
+INT4_CONFIG = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(MODEL, weight_type="int4", group_size=128, unquantized_type="fp16")
+)
 NUM_LINEAR = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 NUM_REST = 2 * 32000 * 4096 + 65 * 4096
 
@@ -225,13 +228,26 @@ def test_the_type_to_compute_in() -> None:
     assert device.resolve_dtype(config("fp16", "bf16"), CPU) == torch.bfloat16
     with pytest.raises(ConfigError, match="dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16"):
         device.resolve_dtype(config("fp16", "fp16"), CPU)
-    with pytest.raises(ConfigError, match=r"weight_type=int4: .*convert a 16-bit checkpoint"):
-        device.resolve_dtype(config("int4", "auto"), CUDA)
+    assert device.resolve_dtype(config("int4", "auto"), CUDA) == torch.float16
+    assert device.resolve_dtype(config("int4", "bf16"), CUDA) == torch.bfloat16
+    assert device.resolve_dtype(config("int4", "auto"), CPU) == torch.float32
+    with pytest.raises(ConfigError, match="dtype='fp32': 4-bit weights are multiplied in 16 bits on a GPU; use fp16"):
+        device.resolve_dtype(config("int4", "fp32"), CUDA)
 
 
 def test_weights_are_counted_in_the_type_served() -> None:
-    assert device.weight_bytes(CONFIG, torch.float16) == 2 * (NUM_LINEAR + NUM_REST) == 13_476_831_232
-    assert device.weight_bytes(CONFIG, torch.float32) == 4 * (NUM_LINEAR + NUM_REST)
+    assert device.weight_bytes(CONFIG, torch.float16, CUDA) == 2 * (NUM_LINEAR + NUM_REST) == 13_476_831_232
+    assert device.weight_bytes(CONFIG, torch.float32, CPU) == 4 * (NUM_LINEAR + NUM_REST)
+
+
+def test_weights_in_4_bits_are_counted_with_the_largest_in_16() -> None:
+    """Gate and up, which are written out as one. On a CPU all of them are."""
+    expected = NUM_LINEAR * 0.53125 + 2 * NUM_REST + 2 * 4096 * 22016
+    assert device.weight_bytes(INT4_CONFIG, torch.float16, CUDA) == expected
+    assert device.weight_bytes(INT4_CONFIG, torch.float32, CPU) == 4 * (NUM_LINEAR + NUM_REST)
+    missing = r"take 3\.86 GiB as int4 and 1\.00 GiB .* no other precision takes less: free memory"
+    with pytest.raises(ConfigError, match=missing):
+        device.check_memory_for_weights(INT4_CONFIG, torch.float16, CUDA, 3 * GIB, reserved_bytes=GIB)
 
 
 @pytest.mark.parametrize(
@@ -239,20 +255,20 @@ def test_weights_are_counted_in_the_type_served() -> None:
     [
         (torch.float32, CUDA, 20, r"dtype='fp16' would fit, with 12\.55 GiB$"),
         (torch.float32, CPU, 20, r"dtype='bf16' would fit, with 12\.55 GiB$"),
-        (torch.float32, CUDA, 8, "a 4-bit checkpoint would fit, .* but this version serves none yet"),
-        (torch.float16, CUDA, 8, r"a 4-bit checkpoint would fit, with about 3\.69 GiB, but this version serves none"),
+        (torch.float32, CUDA, 8, "a 4-bit checkpoint would fit, .*; else free memory"),
+        (torch.float16, CUDA, 8, r"a 4-bit checkpoint would fit, with about 3\.69 GiB; else free memory"),
         (torch.float16, CUDA, 3, "no precision fits, not even 4 bits: .*a larger card"),
         (torch.bfloat16, CPU, 8, "no precision fits: free memory, or serve a smaller model$"),
     ],
 )
 def test_what_is_missing_and_what_fits(dtype: torch.dtype, where: torch.device, free_gib: int, fits: str) -> None:
-    missing = device.weight_bytes(CONFIG, dtype) / GIB + 1 - free_gib
+    missing = device.weight_bytes(CONFIG, dtype, where) / GIB + 1 - free_gib
     with pytest.raises(ConfigError, match=rf"{free_gib}\.00 GiB are free .*: {missing:.2f} GiB are missing; {fits}"):
         device.check_memory_for_weights(CONFIG, dtype, where, free_gib * GIB, reserved_bytes=GIB)
 
 
 def test_weights_that_just_fit() -> None:
-    needed = device.weight_bytes(CONFIG, torch.float16) + GIB
+    needed = device.weight_bytes(CONFIG, torch.float16, CUDA) + GIB
     device.check_memory_for_weights(CONFIG, torch.float16, CUDA, needed, reserved_bytes=GIB)
     with pytest.raises(ConfigError, match=r"weights of seven take 12\.55 GiB as fp16 and 1\.00 GiB are kept"):
         device.check_memory_for_weights(CONFIG, torch.float16, CUDA, needed - 1, reserved_bytes=GIB)

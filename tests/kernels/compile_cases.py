@@ -24,7 +24,9 @@ from tritonmind.kernels import (
     triton_rotary,
     triton_sampling,
     triton_step_inputs,
+    triton_w4_linear,
     tuning,
+    w4_layout,
 )
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
@@ -42,6 +44,8 @@ MAX_ROWS = 2048
 SIZES = {
     "linear": [(4096, 4096), (12288, 4096), (4096, 11008)],
     "gate_up": [(11008, 4096)],
+    "w4_linear": [(4096, 4096, 128), (960, 576, 64), (12288, 4096, 32)],
+    "w4_gate_up": [(11008, 4096, 128), (1536, 576, 64)],
     "decode_attention": [
         (128, 4, 64, 2),
         (128, 1, 64, 1),
@@ -57,6 +61,12 @@ LAYER_SCALES = LayerScales(0.1, 0.2, 0.3, 0.4)
 EXTRA_TILES = {
     "linear": [Tile(block_m=64, block_n=128, block_k=64, splits=3, prefetch=1, num_warps=8, num_stages=3)],
     "gate_up": [Tile(block_m=16, block_n=64, block_k=64, prefetch=1, num_warps=4, num_stages=4)],
+    # Scales on the weight.
+    "w4_linear": [
+        Tile(block_m=16, block_n=64, slices=2, splits=4, prefetch=8, num_warps=4, num_stages=4),
+        Tile(block_m=128, block_n=128, splits=2, prefetch=4, num_warps=8, num_stages=3),
+    ],
+    "w4_gate_up": [Tile(block_m=64, block_n=128, prefetch=1, num_warps=8, num_stages=3)],
 }
 
 Case = tuple[str, Callable[[], object]]
@@ -94,7 +104,14 @@ def cases(card: Card) -> Iterator[Case]:
 
 def _tiled(card: Card) -> Iterator[Case]:
     """Every tile that dispatch can pick. The type matters little to the code: bf16 at one size, and with a bias."""
-    launches = {"linear": _linear, "gate_up": _gate_up, "decode_attention": _decode, "prefill_attention": _prefill}
+    launches = {
+        "linear": _linear,
+        "gate_up": _gate_up,
+        "w4_linear": _w4_linear,
+        "w4_gate_up": _w4_gate_up,
+        "decode_attention": _decode,
+        "prefill_attention": _prefill,
+    }
     for kernel, spec in KERNELS.items():
         listed = sorted(tuning.listed(kernel, card))
         for index, sizes in enumerate(listed if card not in ARCHITECTURES else SIZES[kernel]):
@@ -129,6 +146,32 @@ def _many_rows(dtype: torch.dtype) -> None:
     x, weight = torch.empty(MAX_ROWS, HIDDEN, dtype=dtype), torch.empty(HIDDEN, HIDDEN, dtype=dtype)
     gluon_linear.linear(x, weight, torch.empty(MAX_ROWS, HIDDEN, dtype=dtype))
     gluon_linear.gate_up(x, weight, torch.empty(MAX_ROWS, HIDDEN // 2, dtype=dtype))
+
+
+def _packed(n: int, sizes: dict[str, int], dtype: torch.dtype, *, gated: bool) -> w4_layout.PackedWeight:
+    k, group_size = sizes["k"], sizes["group_size"]
+    rows, columns = -(-n // w4_layout.BLOCK_ROWS), -(-k // w4_layout.BLOCK_K)
+    words = torch.zeros(rows, columns, w4_layout.BLOCK_ROWS, w4_layout.WORDS, dtype=torch.int32)
+    params = torch.zeros(rows, columns, w4_layout.BLOCK_K // group_size, w4_layout.BLOCK_ROWS, dtype=torch.int32)
+    return w4_layout.PackedWeight(words, params, n, k, group_size, dtype, gated)
+
+
+def _w4_linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    n = sizes["n"]
+    weight, x = _packed(n, sizes, dtype, gated=False), torch.empty(rows, sizes["k"], dtype=dtype)
+    whole = torch.empty(rows, n, dtype=dtype)
+    parts = torch.empty(tile.splits, rows, n) if tile.splits > 1 else whole
+    triton_w4_linear.linear(x, weight, None, parts, tile)
+    triton_w4_linear.dequantize(weight, torch.empty(n, sizes["k"], dtype=dtype))
+    if dtype == torch.bfloat16:
+        triton_w4_linear.linear(x, weight, torch.empty(n, dtype=dtype), whole, tile._replace(splits=1))
+
+
+def _w4_gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    n = sizes["n"]
+    weight, x = _packed(2 * n, sizes, dtype, gated=True), torch.empty(rows, sizes["k"], dtype=dtype)
+    triton_w4_linear.gate_up(x, weight, torch.empty(rows, n, dtype=dtype), tile)
+    triton_w4_linear.dequantize(weight, torch.empty(2 * n, sizes["k"], dtype=dtype))
 
 
 def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:

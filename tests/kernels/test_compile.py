@@ -41,6 +41,8 @@ PRODUCT_KERNELS = {
     "_linear_kernel",
     "_gate_up_kernel",
     "_many_rows_kernel",
+    "_w4_linear_kernel",
+    "_w4_gate_up_kernel",
 }
 # Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
 MAX_STACK = 16
@@ -161,6 +163,9 @@ def product_complaints(report: Report) -> list[str]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         if has(opcodes, "LDG"):
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
+        # The weight is unpacked in registers, and multiplied with from there.
+        if report["kernel"].startswith("_w4_") and has(opcodes, "STS"):
+            found.append("a loop that writes to shared memory")
         if report["kernel"] == "_decode_int8_kernel" and (not has(opcodes, "PRMT") or has(opcodes, "I2F", "I2FP")):
             found.append("a loop that turns bytes into numbers one by one, not two by two with PRMT")
         is_prefill = report["kernel"].endswith("prefill_kernel")

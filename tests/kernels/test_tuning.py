@@ -20,6 +20,8 @@ CARDS = (H100, Card("NVIDIA A100-SXM4-80GB", (8, 0), 108), Card("NVIDIA L4", (8,
 SIZES = {
     "linear": {"n": 4096, "k": 4096},
     "gate_up": {"n": 11008, "k": 4096},
+    "w4_linear": {"n": 4096, "k": 4096, "group_size": 128},
+    "w4_gate_up": {"n": 11008, "k": 4096, "group_size": 64},
     "decode_attention": {"head_dim": 128, "group": 4, "block_size": 64, "itemsize": 2},
     "prefill_attention": {"head_dim": 128, "group": 4, "block_size": 64, "itemsize": 2},
 }
@@ -191,6 +193,25 @@ def test_rules_give_what_a_file_could_say(kernel: str, card: Card) -> None:
         entries.append({**SIZES[kernel], "max_rows": step.max_rows, **settings})
     (steps,) = tuning.parse({"card": "c", "triton": "t", "kernels": {kernel: entries}}, "c")[kernel].values()
     assert steps == spec.default(card, SIZES[kernel]) and steps[-1].max_rows == UNLIMITED
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"slices": 3}, "slices=3 must be a power of two"),
+        ({"slices": 16}, "slices=16 of block_m=8 leave none for a row"),
+        ({"block_n": 16}, "block_n=16 must be a whole number of at least 32"),
+    ],
+)
+def test_slices_of_a_4_bit_weight(change: dict[str, int], complaint: str) -> None:
+    entry = {
+        "n": 4096, "k": 4096, "group_size": 128, "max_rows": 1, "block_m": 8, "block_n": 32, "splits": 2, "slices": 4,
+        "prefetch": 2, "num_warps": 4, "num_stages": 4,
+    }  # fmt: skip
+    content = {"card": "c", "triton": "t", "kernels": {"w4_linear": [entry]}}
+    assert tuning.parse(content, "c")["w4_linear"][4096, 4096, 128][0].tile.slices == 4
+    with pytest.raises(ValueError, match=rf"w4_linear\[0\]: {complaint}"):
+        tuning.parse({**content, "kernels": {"w4_linear": [{**entry, **change}]}}, "c")
 
 
 @pytest.mark.parametrize("n", [4096, 4100, 4096 * 64])

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from tritonmind.config import EngineConfig, ModelConfig
+from tritonmind.config import INT4_PER_WORD, EngineConfig, ModelConfig
 from tritonmind.engine.host_memory import available_bytes
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import rms_norm
+from tritonmind.kernels.w4_layout import packed_bytes
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 
 logger = logging.getLogger(__name__)
@@ -60,16 +61,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The type to compute in: "auto" is fp32 on a CPU and the stored type on a GPU. ConfigError for what cannot be."""
-    if config.model.weight_type == "int4":
-        raise ConfigError(
-            "weight_type=int4: quantised weights are not available in this version; convert a 16-bit checkpoint"
-        )
-    if config.dtype != "auto":
-        if device.type == "cpu" and config.dtype == "fp16":
-            raise ConfigError("dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16")
-        return DTYPES[config.dtype]
-    return torch.float32 if device.type == "cpu" else DTYPES[config.model.weight_type]
+    """The type to compute in: "auto" is fp32 on a CPU and on a GPU the stored type, beside 4-bit weights the rest's.
+
+    ConfigError for what cannot be.
+    """
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else DTYPES[config.model.float_type]
+    if device.type == "cpu" and config.dtype == "fp16":
+        raise ConfigError("dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16")
+    if device.type != "cpu" and config.model.weight_type == "int4" and config.dtype == "fp32":
+        raise ConfigError("dtype='fp32': 4-bit weights are multiplied in 16 bits on a GPU; use fp16 or bf16")
+    return DTYPES[config.dtype]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -209,10 +211,22 @@ def explain_triton_failure(error: BaseException) -> str:
     return f"Triton's C compiler {find_compiler()} failed ({shown}): its own message stands above"
 
 
-def weight_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
-    """Bytes of one rank's weights once they are on the device in `dtype`."""
+def weight_bytes(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of one rank's weights once they are on the device in `dtype`; of 4-bit ones with what they are written to.
+
+    On a CPU 4-bit weights are dequantised.
+    """
     linear, rest = _num_weights(config.model, config.tensor_parallel_size)
-    return (linear + rest) * dtype.itemsize
+    if config.model.weight_type != "int4" or device.type == "cpu":
+        return (linear + rest) * dtype.itemsize
+    scratch = 0
+    packed = 0
+    for name, spec in tensor_specs(config.model, config.tensor_parallel_size, 0).items():
+        if name.endswith(".qweight"):
+            k, n = spec.shape[0], spec.shape[1] * INT4_PER_WORD
+            packed += packed_bytes(n, k, config.model.group_size)
+            scratch = max(scratch, n * k * (2 if ".w1." in name else 1))  # gate and up are one
+    return packed + (scratch + rest) * dtype.itemsize
 
 
 def check_memory_for_weights(
@@ -222,13 +236,13 @@ def check_memory_for_weights(
 
     The message says what is missing and which precision would fit.
     """
-    needed = weight_bytes(config, dtype) + reserved_bytes
+    needed = weight_bytes(config, dtype, device) + reserved_bytes
     if needed <= free_bytes:
         return
     where = "in memory" if device.type == "cpu" else "on the card"
     raise ConfigError(
         f"the weights of {config.model.model_name} take {(needed - reserved_bytes) / GIB:.2f} GiB as "
-        f"{_dtype_name(dtype)} and {reserved_bytes / GIB:.2f} GiB are kept for activations, but "
+        f"{_kept_as(config, dtype, device)} and {reserved_bytes / GIB:.2f} GiB are kept for activations, but "
         f"{free_bytes / GIB:.2f} GiB are free {where}: {(needed - free_bytes) / GIB:.2f} GiB are missing; "
         f"{_what_fits(config, dtype, device, free_bytes - reserved_bytes)}"
     )
@@ -236,18 +250,18 @@ def check_memory_for_weights(
 
 def _what_fits(config: EngineConfig, dtype: torch.dtype, device: torch.device, usable_bytes: int) -> str:
     linear, rest = _num_weights(config.model, config.tensor_parallel_size)
+    remedy = "free memory (nvidia-smi shows who holds it), or serve a smaller model"
     half_bytes = 2 * (linear + rest)
     if dtype.itemsize > 2 and half_bytes <= usable_bytes:
-        half = "bf16" if device.type == "cpu" or config.model.weight_type == "bf16" else "fp16"
+        half = "bf16" if device.type == "cpu" or config.model.float_type == "bf16" else "fp16"
         return f"dtype={half!r} would fit, with {half_bytes / GIB:.2f} GiB"
     if device.type == "cpu":
         return "no precision fits: free memory, or serve a smaller model"
+    if config.model.weight_type == "int4":
+        return f"no other precision takes less: {remedy}"
     int4_bytes = math.ceil(INT4_BYTES_PER_WEIGHT * linear) + 2 * rest
     if int4_bytes <= usable_bytes:
-        return (
-            f"a 4-bit checkpoint would fit, with about {int4_bytes / GIB:.2f} GiB, but this version serves none yet: "
-            f"free memory (nvidia-smi shows who holds it), or serve a smaller model"
-        )
+        return f"a 4-bit checkpoint would fit, with about {int4_bytes / GIB:.2f} GiB; else {remedy}"
     return (
         "no precision fits, not even 4 bits: free memory (nvidia-smi shows who holds it), take a larger card, or "
         "serve a smaller model"
@@ -258,10 +272,13 @@ def _num_weights(model: ModelConfig, tp: int) -> tuple[int, int]:
     """Elements of the decoder layers' linear weights, and of all other tensors, of rank 0."""
     linear = rest = 0
     for name, spec in (common_tensor_specs(model) | tensor_specs(model, tp, 0)).items():
-        if name.startswith("layers.") and len(spec.shape) == 2:
-            linear += math.prod(spec.shape)
+        count = math.prod(spec.shape)
+        if name.endswith(".qweight"):
+            linear += count * INT4_PER_WORD
+        elif name.startswith("layers.") and len(spec.shape) == 2:
+            linear += count if name.endswith(".weight") else 0
         else:
-            rest += math.prod(spec.shape)
+            rest += count
     return linear, rest
 
 
@@ -292,7 +309,9 @@ def _triton_requirement() -> str:
     return "triton"
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _kept_as(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> str:
+    if config.model.weight_type == "int4" and device.type != "cpu":
+        return "int4"
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

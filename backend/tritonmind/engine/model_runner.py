@@ -246,7 +246,7 @@ class ModelRunner:
             free_bytes=free,
             reserved_bytes=activation_bytes,
             is_cpu=self.device.type == "cpu",
-            weights_bytes=weight_bytes(self.config, self.dtype),
+            weights_bytes=weight_bytes(self.config, self.dtype, self.device),
             graphs_bytes=graphs_bytes,
             scratch_bytes=sum(pool.nbytes for pool in self._scratch or ()),
         )

@@ -27,6 +27,7 @@ from tritonmind.kernels.step_inputs import (
     prepare_tokens,
     write_block_tables,
 )
+from tritonmind.kernels.w4_linear import w4_gate_up, w4_linear, w4_variants
 
 __all__ = [
     "PROMPT_FLAG",
@@ -60,5 +61,8 @@ __all__ = [
     "sample_tokens",
     "silu_mul",
     "token_logprobs",
+    "w4_gate_up",
+    "w4_linear",
+    "w4_variants",
     "write_block_tables",
 ]

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tritonmind.kernels.tile_table import Card, Sizes, Tile
+from tritonmind.kernels.tile_table import W4_BLOCK_K, Card, Sizes, Tile
 
 # Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -17,6 +17,9 @@ SMALL_SHARED_BYTES = 99 << 10
 ITEMSIZE = 2
 LINE_BYTES = 128  # that a prefetch takes
 MAX_PROGRAMS_PER_SM = 6  # of more, partial sums only cost their addition
+MAX_W4_WARPS_PER_SM = 32
+WARP_SIZE = 32
+W4_SLICE_K = 32  # of K, that are multiplied at a time
 
 # Values that go together, one after the other.
 Axis = tuple[Mapping[str, Any], ...]
@@ -52,6 +55,8 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
         row_bytes = sizes["head_dim"] * sizes["itemsize"]
         shared = (2 * tile.num_stages * tile.block_n + tile.block_m) * row_bytes
         return shared <= limit and tile.block_n <= sizes["block_size"]
+    if kernel.startswith("w4_"):
+        return _fits_w4(kernel, card, sizes, tile, limit)
     width = tile.block_n * (2 if kernel == "gate_up" else 1) + tile.block_m
     shared = tile.num_stages * width * tile.block_k * ITEMSIZE
     num_tiles = sizes["k"] // tile.block_k
@@ -60,6 +65,20 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
         return False
     lines = tile.prefetch * tile.block_k * ITEMSIZE
     return shared <= limit and (not lines or lines >= LINE_BYTES)
+
+
+def _fits_w4(kernel: str, card: Card, sizes: Sizes, tile: Tile, limit: int) -> bool:
+    lines = tile.block_n * tile.slices * (2 if kernel == "w4_gate_up" else 1)
+    num_blocks = -(-sizes["k"] // W4_BLOCK_K)
+    num_warps = -(-sizes["n"] // tile.block_n) * tile.splits * tile.num_warps
+    params = 4 * W4_BLOCK_K // sizes["group_size"]
+    shared = tile.num_stages * (lines * (W4_BLOCK_K // 2 + params) + ITEMSIZE * tile.block_m * W4_BLOCK_K)
+    # Of what has fewer than 4 bytes a thread the compiler makes reads that the loop waits for.
+    threads = WARP_SIZE * tile.num_warps
+    if shared > limit or lines < threads or ITEMSIZE * W4_SLICE_K * tile.block_m < 4 * threads:
+        return False
+    shares = tile.splits * tile.slices
+    return shares == 1 or (shares <= num_blocks and num_warps <= MAX_W4_WARPS_PER_SM * card.num_sms)
 
 
 def _axis(name: str, *values: int) -> Axis:
@@ -76,6 +95,31 @@ _COLUMNS: Axis = tuple(
 )
 
 
+def _w4_lines(rows: int, gated: bool) -> Axis:
+    """Columns of the tile that is multiplied, and its lines: rows of the weight times slices, 32 or 64 to a warp."""
+    found: list[Mapping[str, Any]] = []
+    needed = 1 << (rows - 1).bit_length()
+    for slices, lines, warps in itertools.product((1, 2, 4, 8), (32, 64, 128, 256), (1, 2, 4, 8)):
+        block_m = min(max(8, needed * slices), 128)
+        # More columns than the narrowest tile has only for what they hold.
+        if slices > 1 and not (8 <= needed * slices <= 32 or block_m == 8):
+            continue
+        few_lines = lines < min(4 * block_m, 128)
+        if few_lines or lines < 32 * slices or lines // warps not in (32, 64) or (lines // warps == 64 and warps < 4):
+            continue
+        block_n = lines // slices // (2 if gated else 1)
+        for width in dict.fromkeys((block_m, min(block_m, 64))):
+            found.append({"block_m": width, "block_n": block_n, "slices": slices, "num_warps": warps})
+    return tuple(found)
+
+
+def _w4_start(rows: int) -> Tile:
+    return Tile(block_m=_block_m(rows), block_n=64, prefetch=2, num_warps=2, num_stages=4 if rows <= 16 else 3)
+
+
+_W4_DEPTH: Wave = (_axis("num_stages", 3, 4, 6), _axis("prefetch", 0, 2, 8))
+
+
 def _product_start(rows: int) -> Tile:
     return Tile(block_m=_block_m(rows), block_n=64, block_k=128, prefetch=2, num_warps=4, num_stages=4)
 
@@ -87,6 +131,7 @@ def _depth(rows: int) -> tuple[Wave, ...]:
 
 
 _PRODUCT_ROWS = tuple((rows, rows) for rows in (1, 8, 16, 32, 64, 128))
+_W4_ROWS = tuple((rows, rows) for rows in (1, 8, 16, 32, 64, 128, 256, 512))
 _ATTENTION_STAGES = _axis("num_stages", 2, 3, 4, 5, 6)
 SEARCHES = {
     "linear": Search(
@@ -95,6 +140,10 @@ SEARCHES = {
         lambda rows: ((_COLUMNS, _axis("splits", 1, 2, 3, 4, 6, 8, 11, 16)), *_depth(rows)),
     ),
     "gate_up": Search(_PRODUCT_ROWS, _product_start, lambda rows: ((_COLUMNS,), *_depth(rows))),
+    "w4_linear": Search(
+        _W4_ROWS, _w4_start, lambda rows: ((_w4_lines(rows, False), _axis("splits", 1, 2, 4, 8, 11)), _W4_DEPTH)
+    ),
+    "w4_gate_up": Search(_W4_ROWS, _w4_start, lambda rows: ((_w4_lines(rows, True),), _W4_DEPTH)),
     "decode_attention": Search(
         ((8, 8), (64, 64), (256, 256)),
         lambda rows: Tile(block_n=64, programs_per_sm=2, num_warps=2, num_stages=4),

@@ -6,6 +6,7 @@ A tile is all that a launch compiles with beside the model's sizes. To give a ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 UNLIMITED = 1 << 62
@@ -13,6 +14,7 @@ FEW_SEQS = 4
 MIN_ROWS = 16  # of the smallest tile that the tensor cores take
 # From this capability on the tensor cores read their operands from shared memory, which leaves registers free.
 WARP_GROUP_PRODUCTS = (9, 0)
+W4_BLOCK_N, W4_BLOCK_K = 32, 128  # of w4_layout.py
 # Of gluon_prefill_attention.py, which keeps one program on an SM: short runs would leave it idle between their blocks.
 LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
 MIN_LONG_RUN = 1536
@@ -34,15 +36,17 @@ class Tile(NamedTuple):
     """Launch settings; which of them a kernel has stands in KERNELS.
 
     block_m: rows (tokens, queries) of a program. block_n: output columns, or KV tokens, at a time. block_k: of the
-    reduced dimension at a time. splits: programs that share a reduction. prefetch: tiles of the weight that are fetched
-    before the kernel before has ended. library: the library's product instead. many_rows: gluon_linear.py's, which has
-    tiles of its own.
+    reduced dimension at a time. splits: programs that share a reduction. slices: of a reduction that a program computes
+    beside each other, for block_m / slices rows. prefetch: tiles of the weight that are fetched before the kernel
+    before has ended. library: the library's product instead; of 4-bit weights, what 16-bit ones get, after writing them
+    out. many_rows: gluon_linear.py's, which has tiles of its own.
     """
 
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
     splits: int = 1
+    slices: int = 1
     prefetch: int = 0
     programs_per_sm: int = 0
     num_warps: int = 4
@@ -75,13 +79,14 @@ WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 class Kernel(NamedTuple):
     """sizes: must match exactly. fields: of Tile, that a file must give. has_whole: one of WHOLE may stand for them.
 
-    default: a ladder that compiles on every card and ends at UNLIMITED.
+    default: a ladder that compiles on every card and ends at UNLIMITED. minima: of fields, over those of tuning.py.
     """
 
     sizes: tuple[str, ...]
     fields: tuple[str, ...]
     has_whole: bool
     default: Callable[[Card, Sizes], Ladder]
+    minima: Mapping[str, int] = MappingProxyType({})
 
 
 def _linear(card: Card, sizes: Sizes) -> Ladder:
@@ -109,6 +114,32 @@ def _gate_up(card: Card, sizes: Sizes) -> Ladder:
 def takes_many_rows(card: Card, sizes: Sizes) -> bool:
     """Whether gluon_linear.py can multiply these: on Hopper, rows of 2-byte elements at multiples of 16 bytes."""
     return card.capability[0] == 9 and sizes["n"] % 8 == 0 and sizes["k"] % 8 == 0
+
+
+def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
+    """A 4-bit weight is so small that few programs cannot read it at the card's speed: they share reductions."""
+    steps = []
+    for max_rows, tile in _w4_steps():
+        wanted = 4 * card.num_sms // -(-sizes["n"] // tile.block_n)
+        # Partial sums grow with the rows, and their addition with them.
+        most = max(1, min(wanted, -(-sizes["k"] // W4_BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
+        steps.append(Step(max_rows, tile._replace(splits=1 << most.bit_length() - 1)))
+    return (*steps, Step(UNLIMITED, LIBRARY))
+
+
+def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
+    """SiLU needs whole sums. A program has as many rows of gate as of up."""
+    steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps()]
+    return (*steps, Step(UNLIMITED, LIBRARY))
+
+
+def _w4_steps() -> list[Step]:
+    """A line of the tile for each thread: of fewer the compiler makes reads that the loop waits for."""
+    fewest = Tile(block_m=8, block_n=W4_BLOCK_N, slices=4, prefetch=4, num_warps=4, num_stages=4)
+    few = Tile(block_m=8, block_n=64, prefetch=2, num_warps=2, num_stages=4)
+    many = Tile(block_n=128, prefetch=2, num_warps=4, num_stages=3)
+    steps = [Step(rows, (few if rows == few.block_m else many)._replace(block_m=rows)) for rows in (8, 16, 32, 64)]
+    return [Step(fewest.block_m // fewest.slices, fewest), *steps]
 
 
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
@@ -158,9 +189,13 @@ def _attention_stages(sizes: Sizes) -> int:
 # itemsize: bytes of an element of the pages that are read; see decode_plan.decode_itemsize.
 _ATTENTION_SIZES = ("head_dim", "group", "block_size", "itemsize")
 _PRODUCT_FIELDS = ("block_m", "block_n", "block_k", "prefetch", "num_warps", "num_stages")
+_W4_SIZES = ("n", "k", "group_size")
+_W4_FIELDS = ("block_m", "block_n", "slices", "prefetch", "num_warps", "num_stages")
 KERNELS = {
     "linear": Kernel(("n", "k"), (*_PRODUCT_FIELDS, "splits"), True, _linear),
     "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, True, _gate_up),
+    "w4_linear": Kernel(_W4_SIZES, (*_W4_FIELDS, "splits"), True, _w4_linear, {"block_n": W4_BLOCK_N}),
+    "w4_gate_up": Kernel(_W4_SIZES, _W4_FIELDS, True, _w4_gate_up),
     "decode_attention": Kernel(
         _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), False, _decode_attention
     ),

@@ -26,13 +26,18 @@ def load_sum(pointers, split_stride, inside, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(row_ptrs, COLUMNS: tl.constexpr):
-    """Bring the first COLUMNS 2-byte elements behind each pointer to the L2 cache; nothing waits for them."""
-    LINE: tl.constexpr = 64  # of 128 bytes
-    lines = row_ptrs[:, None] + (tl.arange(0, COLUMNS // LINE) * LINE)[None, :]
+def prefetch_lines(pointers):
+    """Bring the line of 128 bytes behind each pointer to the L2 cache; nothing waits for them."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def _prefetch_rows(row_ptrs, COLUMNS: tl.constexpr):
+    """Prefetch the first COLUMNS 2-byte elements behind each pointer."""
+    LINE: tl.constexpr = 64  # of 128 bytes
+    prefetch_lines(row_ptrs[:, None] + (tl.arange(0, COLUMNS // LINE) * LINE)[None, :])
 
 
 @triton.jit

@@ -50,10 +50,13 @@ def rms_norm(
     num_tokens, hidden_size = out.shape
     if num_tokens:
         block, pdl = triton.next_power_of_2(hidden_size), use_pdl(x.device)
+        splits = len(x) if x.dim() == 3 else 1
+        # The rows of partial sums are few: what counts is how much each of their programs has on its way.
+        num_warps = 16 if splits > 1 else 4 if block <= 4096 else 8
         _rms_norm_kernel[(num_tokens,)](
             x, residual, weight, out, eps, num_tokens,
-            HIDDEN=hidden_size, BLOCK=block, SPLITS=len(x) if x.dim() == 3 else 1,
+            HIDDEN=hidden_size, BLOCK=block, SPLITS=splits,
             HAS_RESIDUAL=residual is not None, PDL=pdl,
-            num_warps=4 if block <= 4096 else 8, launch_pdl=pdl,
+            num_warps=num_warps, launch_pdl=pdl,
         )  # fmt: skip
     return out

@@ -169,7 +169,7 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
     fields = whole or spec.fields
     _check_keys(where, entry, {*spec.sizes, "max_rows", *fields})
     for name, value in entry.items():
-        expected = _expected(name, value)
+        expected = _expected(name, value, spec.minima)
         if expected:
             raise ValueError(f"{where}: {name}={value!r} must be {expected}")
     if 0 < entry.get("prefetch", 0) * entry.get("block_k", 0) < LINE_COLUMNS:
@@ -177,18 +177,20 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
             f"{where}: prefetch={entry['prefetch']} of block_k={entry['block_k']} is less than {LINE_COLUMNS} columns, "
             "a line of the cache; it must be 0 or more of them"
         )
+    if entry.get("slices", 1) > entry.get("block_m", 1):
+        raise ValueError(f"{where}: slices={entry['slices']} of block_m={entry['block_m']} leave none for a row")
     sizes = tuple(entry[name] for name in spec.sizes)
     return sizes, Step(entry["max_rows"], Tile(**{name: entry[name] for name in fields}))
 
 
-def _expected(name: str, value: Any) -> str | None:
+def _expected(name: str, value: Any, minima: Mapping[str, int]) -> str | None:
     """What the field should hold instead of `value`, None where it is right."""
     if name in WHOLE:
         return None if value is True else "true, or left out"
-    least = MINIMA.get(name, 1)
+    least = minima.get(name, MINIMA.get(name, 1))
     if type(value) is not int or value < least:
         return f"a whole number of at least {least}"
-    if (name.startswith("block_") or name in ("num_warps", "prefetch")) and value & (value - 1):
+    if (name.startswith("block_") or name in ("num_warps", "prefetch", "slices")) and value & (value - 1):
         return "a power of two"
     if name == "num_warps" and value > MAX_WARPS:
         return f"at most {MAX_WARPS}"

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import nn
 
 from tritonmind.kernels import gate_up, linear, product_variants, silu_mul
 
 
-class Linear(nn.Module):
-    """y = x @ weight.T + bias, weight [out_features, in_features]. `finalize` must be called once after loading."""
+class Product(nn.Module):
+    """y = x W^T + bias, of which W may be kept in several ways.
+
+    num_parts: weights of the workspace, of one size, that W consists of.
+    """
+
+    num_parts = 1
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self._transposed: torch.Tensor | None = None  # [in_features, out_features]
+
+    def parts(self, kind: str) -> list[torch.Tensor]:
+        """What holds one of the workspace's tensors each, until `finalize`: of `bias` one, else num_parts."""
+        return [getattr(self, kind)]
+
+    @abstractmethod
+    def finalize(self) -> None:
+        """Lay the weight out for the device, once, after loading, and drop what was loaded."""
+
+    @abstractmethod
+    def row_variants(self, max_rows: int) -> list[int]:
+        """For each kernel that up to `max_rows` rows use on a GPU, a number of rows that uses it."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given.
+
+        partial_sums: the result may also be fp32 [num_parts, num_tokens, out_features], for the next kernel to add up.
+        """
+
+    def _on_cpu(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        assert self._transposed is not None
+        if self.bias is None:
+            return torch.mm(x, self._transposed, out=out)
+        return torch.addmm(self.bias, x, self._transposed, out=out)
+
+
+class Linear(Product):
+    """A weight in the type that is computed in, [out_features, in_features]."""
 
     weight: torch.Tensor | None
-    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -25,54 +70,51 @@ class Linear(nn.Module):
         weight: torch.Tensor | None = None,
     ) -> None:
         """weight: one to share with another module instead of one of its own."""
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype, device=device)
         if weight is None:
             weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
-        self._transposed: torch.Tensor | None = None  # [in_features, out_features]
+
+    def parts(self, kind: str) -> list[torch.Tensor]:
+        """See Product.parts."""
+        return super().parts(kind) if kind == "bias" else list(getattr(self, kind).chunk(self.num_parts))
 
     def finalize(self) -> None:
-        """Lay the weight out for the device, dropping this layer's reference to the plain one."""
+        """See Product.finalize. A weight that another module shares stays there."""
         assert self.weight is not None
         if self.weight.device.type == "cpu":
             self._transposed = self.weight.t().contiguous()
             self.weight = None
 
     def row_variants(self, max_rows: int) -> list[int]:
-        """For each kernel that up to `max_rows` rows use on a GPU, a number of rows that uses it."""
+        """See Product.row_variants."""
         assert self.weight is not None
         return product_variants("linear", self.out_features, self.in_features, max_rows, self.weight.device)
 
     def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given.
-
-        partial_sums: the result may also be fp32 [num_parts, num_tokens, out_features], for the next kernel to add up.
-        """
-        if self._transposed is None:
-            assert self.weight is not None
-            return linear(x, self.weight, self.bias, partial_sums=partial_sums, out=out)
-        if self.bias is None:
-            return torch.mm(x, self._transposed, out=out)
-        return torch.addmm(self.bias, x, self._transposed, out=out)
+        """See Product.forward."""
+        if self._transposed is not None:
+            return self._on_cpu(x, out)
+        assert self.weight is not None
+        return linear(x, self.weight, self.bias, partial_sums=partial_sums, out=out)
 
 
 class GatedLinear(Linear):
     """y = silu(x @ gate.T) * (x @ up.T), weight [gate | up]: [2 * out_features, in_features]."""
 
+    num_parts = 2
+
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(in_features, 2 * out_features, bias=False, dtype=dtype, device=device)
 
     def row_variants(self, max_rows: int) -> list[int]:
-        """See Linear.row_variants."""
+        """See Product.row_variants."""
         assert self.weight is not None
         return product_variants("gate_up", self.out_features // 2, self.in_features, max_rows, self.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype."""
-        if self._transposed is None:
-            assert self.weight is not None
-            return gate_up(x, self.weight)
-        return silu_mul(torch.mm(x, self._transposed))
+        if self._transposed is not None:
+            return silu_mul(torch.mm(x, self._transposed))
+        assert self.weight is not None
+        return gate_up(x, self.weight)

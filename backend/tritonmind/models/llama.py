@@ -11,7 +11,8 @@ from torch import nn
 from tritonmind.config import ModelConfig
 from tritonmind.kernels import gather_rows
 from tritonmind.layers.attention import Attention, with_attention_plans
-from tritonmind.layers.linear import GatedLinear, Linear
+from tritonmind.layers.int4_linear import Int4GatedLinear, Int4Linear, share_scratch
+from tritonmind.layers.linear import GatedLinear, Linear, Product
 from tritonmind.layers.norm import RMSNorm
 from tritonmind.layers.rotary import cos_sin_table
 from tritonmind.model_inputs import KVCache, ModelInputs
@@ -35,12 +36,12 @@ class LlamaLayer(nn.Module):
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * head_dim
         inter = config.intermediate_size
         self.attention_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
-        self.w_qkv = Linear(hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.w_qkv = _linear(config, hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, device=device)
         self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim, dtype)
-        self.wo = Linear(config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
+        self.wo = _linear(config, config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
         self.ffn_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
-        self.w13 = GatedLinear(hidden, inter, dtype=dtype, device=device)
-        self.w2 = Linear(inter, hidden, bias=False, dtype=dtype, device=device)
+        self.w13 = _gated_linear(config, hidden, inter, dtype=dtype, device=device)
+        self.w2 = _linear(config, inter, hidden, bias=False, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -126,12 +127,31 @@ class LlamaForCausalLM(nn.Module):
         """
         rows = set(self.output.row_variants(max_samples))
         for module in self.modules():
-            if isinstance(module, Linear) and module is not self.output:
+            if isinstance(module, Product) and module is not self.output:
                 rows.update(module.row_variants(max_tokens))
         return sorted(rows)
 
     def finalize(self) -> None:
         """Repack weights for the device, once, after all of them were loaded."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.finalize()
+        products = [module for module in self.modules() if isinstance(module, Product)]
+        for product in products:
+            product.finalize()
+        share_scratch([product for product in products if isinstance(product, Int4Linear)])
+
+
+def _linear(
+    config: ModelConfig, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+) -> Product:
+    """A layer's linear, in the type that its weight is stored in."""
+    if config.weight_type == "int4":
+        group_size = config.group_size
+        return Int4Linear(in_features, out_features, group_size=group_size, bias=bias, dtype=dtype, device=device)
+    return Linear(in_features, out_features, bias=bias, dtype=dtype, device=device)
+
+
+def _gated_linear(
+    config: ModelConfig, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device
+) -> Int4GatedLinear | GatedLinear:
+    if config.weight_type == "int4":
+        return Int4GatedLinear(in_features, out_features, group_size=config.group_size, dtype=dtype, device=device)
+    return GatedLinear(in_features, out_features, dtype=dtype, device=device)

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from tritonmind.config import ModelConfig
-from tritonmind.layers.linear import Linear
+from tritonmind.layers.linear import Product
 from tritonmind.models.llama import LlamaForCausalLM
 from tritonmind.models.registry import model_class
 from tritonmind.models.weight_stream import WeightStream
@@ -18,15 +19,15 @@ from tritonmind.models.weight_stream import WeightStream
 logger = logging.getLogger(__name__)
 
 _LAYER_TENSOR = re.compile(r"layers\.(\d+)\.(.+)")
-# Tensor name within a layer, rank taken out, to the module and, where several tensors share one, the part of it.
+# Tensor name within a layer, rank taken out, to the module and the part of its tensor.
 _LAYER_MODULES = {
-    "attention_norm": ("attention_norm", None),
-    "attention.w_qkv": ("w_qkv", None),
-    "attention.wo": ("wo", None),
-    "ffn_norm": ("ffn_norm", None),
+    "attention_norm": ("attention_norm", 0),
+    "attention.w_qkv": ("w_qkv", 0),
+    "attention.wo": ("wo", 0),
+    "ffn_norm": ("ffn_norm", 0),
     "feed_forward.w1": ("w13", 0),
     "feed_forward.w3": ("w13", 1),
-    "feed_forward.w2": ("w2", None),
+    "feed_forward.w2": ("w2", 0),
 }
 
 
@@ -44,14 +45,13 @@ def load_model(
     """
     started = time.monotonic()
     model = model_class(config.architecture)(config, max_model_len=max_model_len, dtype=dtype, device=device)
-    unfilled = set(_parts(model))
+    unfilled = {place.data_ptr() for place in _places(model)}
     with WeightStream(device) as stream:
         for name, tensor in tensors:
-            target, part = _target(model, name)
-            key = (target.data_ptr(), part)
-            assert key in unfilled, f"{name} has no place in {config.architecture}, or came twice"
-            unfilled.remove(key)
-            stream.copy(_part(target, part), tensor)
+            place = _place(model, name)
+            assert place.data_ptr() in unfilled, f"{name} has no place in {config.architecture}, or came twice"
+            unfilled.remove(place.data_ptr())
+            stream.copy(place, tensor)
     assert not unfilled, f"{len(unfilled)} tensors of {config.architecture} were not in the workspace"
     model.finalize()
     seconds = time.monotonic() - started
@@ -61,33 +61,31 @@ def load_model(
     return model.eval()
 
 
-def _parts(model: LlamaForCausalLM) -> Iterator[tuple[int, int | None]]:
-    fused = {_weight(layer.w13).data_ptr() for layer in model.layers}  # type: ignore[arg-type]
-    for tensor in model.state_dict().values():
-        if tensor.data_ptr() in fused:
-            yield from ((tensor.data_ptr(), part) for part in (0, 1))
-        else:
-            yield tensor.data_ptr(), None
+def _places(model: LlamaForCausalLM) -> Iterator[torch.Tensor]:
+    """Where tensors go; one that modules share comes as often."""
+    for name in model.state_dict():
+        owner, _, kind = name.rpartition(".")
+        yield from _parts(model.get_submodule(owner), kind)
 
 
-def _part(target: torch.Tensor, part: int | None) -> torch.Tensor:
-    return target if part is None else target.chunk(2)[part]
+def _parts(module: nn.Module, kind: str) -> list[torch.Tensor]:
+    """A module's tensor as the workspace's tensors that it holds."""
+    return module.parts(kind) if isinstance(module, Product) else [getattr(module, kind)]
 
 
-def _weight(linear: Linear) -> torch.Tensor:
-    assert linear.weight is not None
-    return linear.weight
-
-
-def _target(model: LlamaForCausalLM, name: str) -> tuple[torch.Tensor, int | None]:
+def _place(model: LlamaForCausalLM, name: str) -> torch.Tensor:
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None:
-        top_level = {"tok_embeddings.weight": model.tok_embeddings, "norm.weight": model.norm.weight}
-        return (_weight(model.output) if name == "output.weight" else top_level[name]), None
+        module, kind = {
+            "tok_embeddings.weight": (model, "tok_embeddings"),
+            "norm.weight": (model.norm, "weight"),
+            "output.weight": (model.output, "weight"),
+        }[name]
+        return _parts(module, kind)[0]
     # "attention.w_qkv.0.weight" -> "attention.w_qkv", "weight"; norms carry no rank.
     *path, kind = match.group(2).split(".")
     if path[-1].isdigit():
         path.pop()
-    module_name, part = _LAYER_MODULES[".".join(path)]
+    module_name, number = _LAYER_MODULES[".".join(path)]
     module = getattr(model.layers[int(match.group(1))], module_name)
-    return getattr(module, kind), part
+    return _parts(module, kind)[number]

@@ -160,7 +160,10 @@ def _measure(
     with Progress(1 + len(candidates)) as progress:
         first = Candidate(REFERENCE, args.reference, 0)
         model = load(first, reference)
-        its_bytes = weight_bytes(model.runner.config, model.runner.dtype) + model.runner.memory_plan.cache_bytes
+        its_bytes = (
+            weight_bytes(model.runner.config, model.runner.dtype, model.runner.device)
+            + model.runner.memory_plan.cache_bytes
+        )
         at_once = max(1, args.together or int(free_bytes(device) / (MEMORY_FACTOR * its_bytes)))
         for begin in range(0, max(1, len(candidates)), at_once):
             batch = candidates[begin : begin + at_once]

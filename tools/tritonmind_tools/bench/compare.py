@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
+from tritonmind.random_model import INT4
 from tritonmind_tools.bench import grid
 from tritonmind_tools.bench.measure import Plan, measure, print_rows, round_seed
 from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
@@ -88,6 +89,8 @@ def _transformers_rounds(args: argparse.Namespace, workloads: Sequence[grid.Work
     from tritonmind.engine.device import resolve_device, resolve_dtype
     from tritonmind.model_source import open_model
 
+    if args.dtype == INT4:
+        raise ConfigError(f"--dtype={INT4}: Transformers is given no 4-bit weights here; compare in 16 bits")
     source = open_model(model_path(args), dtype=args.dtype)
     config = source.engine_config(**engine_overrides(args))
     device = resolve_device(config.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from tritonmind_tools.bench.report import PRECISIONS
+from tritonmind_tools.bench.report import precision
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, decode_bytes, prefill_flops, step_bytes
 from tritonmind_tools.bench.rounds import Lengths, Round, Steady, percentile
 from tritonmind_tools.bench.shapes import shape_name
@@ -168,7 +168,7 @@ def make_row(workload: Workload, rounds: Sequence[Round], facts: Facts, engine: 
     return Row(
         workload=workload.name,
         shape=shape_name(facts.model),
-        precision=PRECISIONS[facts.dtype],
+        precision=precision(facts.model, facts.dtype),
         value=value,
         unit="req/s" if workload.kind == "requests" else "tok/s",
         roofline_fraction=_roofline_fraction(workload, facts, wall, step_time, context),

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 
 from tritonmind import kernels
+from tritonmind.kernels.awq_format import AwqWeight
+from tritonmind.layers.int4_linear import Int4GatedLinear, Int4Linear, share_scratch
 from tritonmind.layers.linear import GatedLinear, Linear
 from tritonmind_tools.bench.shapes import Shape
 
@@ -24,7 +26,14 @@ EDITS_PER_ROW = 16
 NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: a list of sizes, and noise for the CPU; the card's is part of sample_tokens.
-NOT_MEASURED = {"attention_variants", "gumbel_noise", "philox_uniform", "plan_flat_pages", "product_variants"}
+NOT_MEASURED = {
+    "attention_variants",
+    "gumbel_noise",
+    "philox_uniform",
+    "plan_flat_pages",
+    "product_variants",
+    "w4_variants",
+}
 
 
 class Setting(NamedTuple):
@@ -66,6 +75,15 @@ class Kernel(NamedTuple):
     decode: bool
     prefill: bool
     case: Callable[[Setting, Point], Case]
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether it multiplies with 4-bit weights."""
+        return self.launcher.startswith("w4_")
+
+    def can_run(self, setting: Setting) -> bool:
+        """On a GPU 4-bit weights are multiplied in 16 bits; on a CPU they are dequantised."""
+        return not self.is_int4 or setting.device.type == "cpu" or setting.dtype.itemsize == 2
 
 
 def launchers() -> set[str]:
@@ -238,6 +256,49 @@ def _gate_up(setting: Setting, point: Point) -> Case:
     return Case((2 * k * n + rows * (k + n)) * setting.dtype.itemsize, 4 * rows * k * n, make)
 
 
+def _int4_bytes(n: int, k: int, shape: Shape) -> float:
+    """Of a 4-bit weight as it is stored, with a scale and a zero point for each group."""
+    return n * k * (0.5 + 2.5 / shape.group_size)
+
+
+def _filled(layer: Int4Linear) -> Int4Linear:
+    """The layer with random levels, ready for use."""
+    weight = AwqWeight(layer.qweight, layer.qzeros, layer.scales)  # type: ignore[arg-type]
+    for words in (weight.qweight, weight.qzeros):
+        words.random_(-(1 << 31), (1 << 31) - 1)
+    weight.scales.uniform_(0.001, 0.01)
+    layer.finalize()
+    share_scratch([layer])
+    return layer
+
+
+def _int4_linear(in_features: Callable[[Shape], int], out_features: Callable[[Shape], int]) -> Callable[..., Case]:
+    def case(setting: Setting, point: Point) -> Case:
+        rows, k, n = point.num_tokens, in_features(setting.shape), out_features(setting.shape)
+
+        def make() -> Callable[[], object]:
+            layer = Int4Linear(
+                k, n, group_size=setting.shape.group_size, bias=False, dtype=setting.dtype, device=setting.device
+            )
+            linear, x = _filled(layer), _random(setting, rows, k)
+            return lambda: linear(x, partial_sums=True)
+
+        return Case(_int4_bytes(n, k, setting.shape) + rows * (k + n) * setting.dtype.itemsize, 2 * rows * k * n, make)
+
+    return case
+
+
+def _int4_gate_up(setting: Setting, point: Point) -> Case:
+    rows, k, n = point.num_tokens, setting.shape.hidden_size, setting.shape.intermediate_size
+
+    def make() -> Callable[[], object]:
+        layer = Int4GatedLinear(k, n, group_size=setting.shape.group_size, dtype=setting.dtype, device=setting.device)
+        linear, x = _filled(layer), _random(setting, rows, k)
+        return lambda: linear(x)
+
+    return Case(_int4_bytes(2 * n, k, setting.shape) + rows * (k + n) * setting.dtype.itemsize, 4 * rows * k * n, make)
+
+
 def _gather_rows(setting: Setting, point: Point) -> Case:
     shape, rows = setting.shape, point.num_tokens
     table = functools.cache(lambda: _random(setting, shape.vocab_size, shape.hidden_size))  # shared by the sets
@@ -367,6 +428,10 @@ KERNELS = (
     Kernel(
         "output", "linear", True, False, _linear(lambda s: s.hidden_size, lambda s: s.vocab_size, partial_sums=False)
     ),
+    Kernel("w_qkv w4", "w4_linear", True, True, _int4_linear(lambda s: s.hidden_size, lambda s: s.qkv_size)),
+    Kernel("wo w4", "w4_linear", True, True, _int4_linear(lambda s: s.hidden_size, lambda s: s.hidden_size)),
+    Kernel("w13 w4", "w4_gate_up", True, True, _int4_gate_up),
+    Kernel("w2 w4", "w4_linear", True, True, _int4_linear(lambda s: s.intermediate_size, lambda s: s.hidden_size)),
     Kernel("sample greedy", "sample_tokens", True, False, _sampling(greedy=True, temperature=0.0)),
     Kernel("sample temperature", "sample_tokens", True, False, _sampling()),
     Kernel("sample top-k top-p", "sample_tokens", True, False, _sampling(top_k=50, top_p=0.9)),

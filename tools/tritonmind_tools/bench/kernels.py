@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import Report, positive_numbers
+from tritonmind_tools.bench.report import INT4_PRECISION, Report, positive_numbers
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
     report.notes["matrix product"] = f"{rate / 1e12:.2f} TFLOP/s"
     setting = Setting(SHAPES[args.shape], dtype, device)
+    chosen = [kernel for kernel in chosen if kernel.can_run(setting)]
     print(f"{'kernel':<24}{'size':<14}{'us':>10}{'MB':>10}{'TB/s':>8}{'TFLOP/s':>9}{'roofline':>10}")
     rows = []
     left_out = []
@@ -134,7 +135,7 @@ def _row(
     return Row(
         workload=f"{kernel.name} {point}",
         shape=args.shape,
-        precision=args.dtype,
+        precision=INT4_PRECISION if kernel.is_int4 else args.dtype,
         value=seconds * 1e6,
         unit="us",
         roofline_fraction=max(moving, computing) / seconds,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tritonmind.config_ini import SETTINGS
 from tritonmind.errors import ConfigError
-from tritonmind.random_model import PREFIX, SHAPES
+from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES
 
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = (AUTO, "fp32", "bf16", "fp16")
 
 
 def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, or the checkpoint of one") -> None:
@@ -23,7 +23,12 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, o
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """--dtype, --num-threads and --engine-options."""
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument(
+        "--dtype",
+        default=AUTO,
+        choices=(*DTYPES, INT4),
+        help=f"to compute in; {INT4}: fp16 with 4-bit weights, of a --shape (a workspace's weights are what they are)",
+    )
     parser.add_argument("--num-threads", type=int, default=0, help="CPU threads, 0 for PyTorch's choice")
     parser.add_argument(
         "--engine-options",
@@ -39,7 +44,17 @@ def model_path(args: argparse.Namespace) -> str:
     """What start_engine and open_model take. Raises ConfigError unless exactly one of path and shape is given."""
     if (args.workspace is None) == (args.shape is None):
         raise ConfigError("give either a workspace (or checkpoint) or --shape NAME, and not both")
-    return str(args.workspace) if args.shape is None else PREFIX + args.shape
+    int4 = getattr(args, "dtype", AUTO) == INT4
+    if args.shape is not None:
+        return PREFIX + args.shape + (f":{INT4}" if int4 else "")
+    if int4:
+        raise ConfigError(f"--dtype={INT4} is for random weights, with --shape: a workspace has the weights it has")
+    return str(args.workspace)
+
+
+def engine_dtype(args: argparse.Namespace) -> str:
+    """What an engine and open_model take as `dtype`: 4-bit weights stand in the model's name."""
+    return AUTO if args.dtype == INT4 else str(args.dtype)
 
 
 def token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:
@@ -66,7 +81,7 @@ def engine_overrides(args: argparse.Namespace, **own: object) -> dict[str, objec
         # The check would still run when the first request of a round comes.
         "check_integrity_when_idle": False,
         "num_threads": args.num_threads,
-        "dtype": args.dtype,
+        "dtype": engine_dtype(args),
         **own,
     }
     return overrides | key_values(args.engine_options)

@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
-from tritonmind_tools.bench.report import PRECISIONS, Report, positive_numbers
+from tritonmind_tools.bench.options import (
+    add_engine_options,
+    add_model_options,
+    engine_dtype,
+    engine_overrides,
+    model_path,
+)
+from tritonmind_tools.bench.report import Report, positive_numbers, precision
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, prefill_flops, weight_bytes
 from tritonmind_tools.bench.rounds import greedy_request, random_prompts
 from tritonmind_tools.bench.shapes import shape_name
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args.prompts)
     for name in ("context", "steps") if prompts and not args.batch_size else ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
-    source = open_model(model_path(args), dtype=args.dtype)
+    source = open_model(model_path(args), dtype=engine_dtype(args))
     if args.shape is None and args.context > source.model.max_position_embeddings:
         raise ConfigError(
             f"--context={args.context} is more than the model's max_position_embeddings, "
@@ -120,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     row = {
         "workload": workload,
         "shape": shape_name(source.model),
-        "precision": PRECISIONS[core.info.dtype],
+        "precision": precision(source.model, core.info.dtype),
         "value": timing.wall * 1e6,
         "unit": "us",
         "roofline_fraction": roofline / timing.wall,

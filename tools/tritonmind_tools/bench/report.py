@@ -14,12 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tritonmind.config import ModelConfig
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench import machine
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as torch names a dtype, and as rows do
+INT4_PRECISION = "w4"  # 4-bit weights, computed with in 16 bits
 RESULTS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "results"  # in a checkout
 PLAIN_WIDTH = 200  # columns of a table that no terminal breaks
+
+
+def precision(model: ModelConfig, dtype: str) -> str:
+    """What rows say of an engine that computes in `dtype`, as torch names it. A CPU's has its 4-bit weights in that."""
+    return INT4_PRECISION if model.weight_type == "int4" and dtype != "float32" else PRECISIONS[dtype]
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, plots: bool = True) -> None:

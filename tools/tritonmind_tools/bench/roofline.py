@@ -15,8 +15,12 @@ def step_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: f
 
 
 def weight_bytes(model: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of the weights that a decode step multiplies with."""
-    return dtype_bytes * (model.num_layers * _layer_weights(model) + model.vocab_size * model.hidden_size)
+    """Bytes of the weights that a decode step multiplies with, as they are stored; 4-bit ones are fp32 on a CPU."""
+    layers, output = model.num_layers * _layer_weights(model), model.vocab_size * model.hidden_size
+    if model.weight_type == "int4" and dtype_bytes == 2:
+        # A scale in 16 bits and a zero point in 4 for each group.
+        return layers // 2 + layers * 5 // (2 * model.group_size) + dtype_bytes * output
+    return dtype_bytes * (layers + output)
 
 
 def kv_bytes(model: ModelConfig, dtype_bytes: int, batch_size: int, context: float) -> float:

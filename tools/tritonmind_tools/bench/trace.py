@@ -24,7 +24,9 @@ GROUPS = (
     ("attention", re.compile(r"scaled_dot_product")),
     (
         "matrix products",
-        re.compile(r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|::(add|b)?mm$", re.I),
+        re.compile(
+            r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|_w4_dequantize|::(add|b)?mm$", re.I
+        ),
     ),
     ("norm", re.compile(r"rms_norm")),
     ("rotary and KV write", re.compile(r"rotary|kv_write")),

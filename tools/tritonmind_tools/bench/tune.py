@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, print_table
+from tritonmind_tools.bench.report import INT4_PRECISION, PRECISIONS, Progress, Report, print_table
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s")
     parser.add_argument("--kernel", metavar="NAME,...", help="some of the kernels that have tiles (default: all)")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="steps for up to so many rows (default: all)")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="default %(default)s")
     parser.add_argument("--output", metavar="FILE", help="the file of tiles (default: this card's, in the package)")
     parser.add_argument("--json", metavar="FILE", help="also write the times there")
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--kernel={name!r} has no tiles; those that have are {', '.join(KERNELS)}")
     if not args.budget > 0:
         raise ConfigError(f"--budget={args.budget} must be a number of seconds above 0")
+    if args.max_rows is not None and args.max_rows < 1:
+        raise ConfigError(f"--max-rows={args.max_rows} must be at least 1")
     if not torch.cuda.is_available():
         raise ConfigError("bench tune needs an NVIDIA GPU, and PyTorch sees none: tiles are for a card's kernels")
     card = tuning.card(torch.device("cuda"))
@@ -92,7 +95,7 @@ def _measure(
     report, dtype = Report(args.json), torch.float16
     bandwidth, rate = machine.copy_bandwidth(), machine.matmul_rate(dtype)
     setting = Setting(SHAPES[args.shape], dtype, torch.device("cuda"))
-    tasks = tune_cases.tasks(setting, names)
+    tasks = [task for task in tune_cases.tasks(setting, names) if task.max_rows <= (args.max_rows or task.max_rows)]
     compilers = tune_cases.Compilers(setting, min(os.cpu_count() or 1, MAX_PROCESSES))
 
     def time_left() -> float:
@@ -112,9 +115,8 @@ def _measure(
     for task, pick in picks.items():
         work = tune_cases.case(setting, task, tune_cases.point(task))
         fastest = max(work.num_bytes / bandwidth, work.num_flops / rate)
-        rows.append(
-            _row(task, pick, args.shape, PRECISIONS[str(dtype).removeprefix("torch.")], work.num_bytes, fastest)
-        )
+        precision = INT4_PRECISION if task.is_int4 else PRECISIONS[str(dtype).removeprefix("torch.")]
+        rows.append(_row(task, pick, args.shape, precision, work.num_bytes, fastest))
     _print_rows(rows)
     output.write_text(written(merged(before, card.name, triton.__version__, picks)))
     report.notes.update(
@@ -152,7 +154,8 @@ def search(
             if task.product in WHOLE_PRODUCTS:
                 found = [tile for tile in found if tile.splits == 1]
             if not wave and KERNELS[task.kernel].has_whole:
-                found += [LIBRARY, *([MANY_ROWS] if takes_many_rows(card, task.named_sizes()) else [])]
+                found.append(LIBRARY)
+                found += [MANY_ROWS] if not task.is_int4 and takes_many_rows(card, task.named_sizes()) else []
             jobs += [(task, tile) for tile in found if tile not in timed[task]]
         if not jobs or is_over():
             return picks

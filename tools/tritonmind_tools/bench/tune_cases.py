@@ -28,6 +28,8 @@ from tritonmind_tools.bench.timing import seconds_per_call
 JITTED = {
     "linear": ("triton_linear._linear_kernel",),
     "gate_up": ("triton_linear._gate_up_kernel",),
+    "w4_linear": ("triton_w4_linear._w4_linear_kernel",),
+    "w4_gate_up": ("triton_w4_linear._w4_gate_up_kernel",),
     "decode_attention": ("triton_decode_attention._decode_kernel", "triton_decode_int8._decode_int8_kernel"),
     "prefill_attention": ("triton_prefill_attention._prefill_kernel", "gluon_prefill_attention._long_prefill_kernel"),
 }
@@ -48,6 +50,10 @@ class Task(NamedTuple):
     max_rows: int
     rows: int
 
+    @property
+    def is_int4(self) -> bool:
+        return self.kernel.startswith("w4_")
+
     def named_sizes(self) -> dict[str, int]:
         return dict(zip(KERNELS[self.kernel].sizes, self.sizes, strict=True))
 
@@ -56,6 +62,8 @@ class Task(NamedTuple):
 PRODUCTS = {
     "linear": ("w_qkv", "wo", "w2", "output"),
     "gate_up": ("w13",),
+    "w4_linear": ("w_qkv w4", "wo w4", "w2 w4"),
+    "w4_gate_up": ("w13 w4",),
     "decode_attention": ("paged_decode_attention",),
     "prefill_attention": ("paged_prefill_attention",),
 }
@@ -77,13 +85,15 @@ def _sizes(setting: Setting, kernel: str, product: str) -> tuple[int, ...]:
     if kernel.endswith("attention"):
         group = shape.num_heads // shape.num_kv_heads
         return shape.head_dim, group, kernel_cases.BLOCK_SIZE, setting.dtype.itemsize
-    return {
+    product, _, int4 = product.partition(" ")
+    sizes = {
         "w_qkv": (shape.qkv_size, shape.hidden_size),
         "wo": (shape.hidden_size, shape.hidden_size),
         "w2": (shape.hidden_size, shape.intermediate_size),
         "output": (shape.vocab_size, shape.hidden_size),
         "w13": (shape.intermediate_size, shape.hidden_size),
     }[product]
+    return (*sizes, shape.group_size) if int4 else sizes
 
 
 def point(task: Task) -> Point:
@@ -99,7 +109,8 @@ def case(setting: Setting, task: Task, at: Point) -> Case:
     (kernel,) = (kernel for kernel in kernel_cases.KERNELS if kernel.name == task.product)
     takers = {"w_qkv": _rotary, "wo": _add_norm, "w2": _add_norm}
     work = kernel.case(setting, at)
-    return takers[task.product](setting, at.num_tokens, work) if task.product in takers else work
+    product, _, _ = task.product.partition(" ")
+    return takers[product](setting, at.num_tokens, work) if product in takers else work
 
 
 def _add_norm(setting: Setting, rows: int, product: Case) -> Case:

@@ -1,0 +1,186 @@
+"""Products with 4-bit weights against the dequantised weight, and the kernels' layout of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.kernels.kernel_cases import CPU_TARGETS, Target
+from tests.kernels.w4_cases import Weight, emulated_ptx, random_awq, random_weight
+from tests.tolerances import assert_close
+from tritonmind.kernels import reference, w4_gate_up, w4_linear
+from tritonmind.kernels.awq_format import dequantize
+from tritonmind.kernels.dispatch import force_triton
+from tritonmind.kernels.tile_table import LIBRARY, Tile
+from tritonmind.kernels.w4_layout import pack, packed_bytes, unpack
+
+__all__ = ["emulated_ptx"]
+
+# (rows, N, K, group size) and a tile: odd rows, blocks that N and K do not fill, splits that share blocks unevenly or
+# have none, scales on sums and, in the tile of 128 rows, on weights.
+CASES = [
+    ((1, 40, 320, 64), Tile(8, 32, splits=2)),
+    ((1, 40, 320, 64), Tile(8, 32, splits=2, slices=8)),
+    ((3, 64, 256, 128), Tile(8, 32, slices=2)),
+    ((3, 96, 128, 128), Tile(8, 64, splits=1)),
+    ((17, 64, 96, 32), Tile(16, 32, splits=3)),
+    ((5, 72, 192, 64), Tile(128, 64, splits=2)),
+]
+ROWS = (1, 7, 8, 33, 64, 130)
+SIZES = ((4096, 11008), (960, 576), (1000, 1536))
+TILES = (
+    Tile(8, 32, splits=4, prefetch=1, num_warps=1, num_stages=4),
+    Tile(8, 64, splits=4, prefetch=4, num_warps=2, num_stages=4),
+    Tile(16, 128, splits=3, prefetch=2, num_warps=4, num_stages=4),
+    Tile(32, 64, splits=2, prefetch=2, num_warps=4, num_stages=3),
+    Tile(64, 128, splits=2, prefetch=2, num_warps=8, num_stages=3),
+    Tile(128, 128, splits=2, prefetch=2, num_warps=8, num_stages=3),
+    LIBRARY,
+)
+
+
+def only_16_bits(target: Target) -> None:
+    if target.dtype == torch.float32:
+        pytest.skip("4-bit weights are multiplied in 16 bits")
+
+
+def poisoned(rows: int, columns: int, target: Target) -> torch.Tensor:
+    return torch.full((rows, columns), float("nan"), dtype=target.dtype, device=target.device)
+
+
+def check_linear(rows: int, weight: Weight, tile: Tile, target: Target) -> None:
+    packed = weight.packed
+    x, bias = target.randn(rows, packed.k), target.randn(packed.n)
+    expected = reference.linear(x.float(), weight.dense)
+    parts = w4_linear(x, packed, tile=tile, partial_sums=True)
+    if parts.dim() == 3:
+        assert parts.dtype == torch.float32 and len(parts) == tile.splits > 1
+        # Where scales are applied to sums nothing was rounded: only the order of the sum is another.
+        assert_close(parts.sum(0), expected, torch.float32 if 2 * tile.block_m <= packed.group_size else target.dtype)
+    out = poisoned(rows, packed.n, target)
+    assert w4_linear(x, packed, bias, tile=tile, out=out) is out
+    assert_close(out, expected + bias.float(), target.dtype)
+
+
+def check_gate_up(rows: int, weight: Weight, tile: Tile, target: Target) -> None:
+    packed = weight.packed
+    x, out = target.randn(rows, packed.k), poisoned(rows, packed.n // 2, target)
+    assert w4_gate_up(x, packed, tile=tile._replace(splits=1), out=out) is out
+    assert_close(out, reference.gate_up(x.float(), weight.dense), target.dtype)
+
+
+@pytest.mark.parametrize(("size", "tile"), CASES, ids=str)
+def test_w4_linear(size: tuple[int, int, int, int], tile: Tile, target: Target) -> None:
+    only_16_bits(target)
+    weight = random_weight(*size[1:], target)
+    check_linear(size[0], weight, tile, target)
+    check_linear(size[0], weight, LIBRARY, target)
+
+
+@pytest.mark.parametrize(("size", "tile"), CASES, ids=str)
+def test_w4_gate_up(size: tuple[int, int, int, int], tile: Tile, target: Target) -> None:
+    only_16_bits(target)
+    weight = random_weight(*size[1:], target, gated=True)
+    check_gate_up(size[0], weight, tile, target)
+    check_gate_up(size[0], weight, LIBRARY, target)
+
+
+@pytest.mark.usefixtures("emulated_ptx")
+@pytest.mark.parametrize(("size", "tile"), [CASES[1], CASES[3]], ids=str)
+def test_ptx(size: tuple[int, int, int, int], tile: Tile) -> None:
+    """The interpreter runs the instructions that a card would."""
+    target = CPU_TARGETS["interpreter-fp16"]
+    with force_triton():
+        check_linear(size[0], random_weight(*size[1:], target), tile, target)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_large(tile: Tile, n: int, k: int, group_size: int, gpu_target: Target) -> None:
+    """Every tile meets fewer and more rows than it has."""
+    only_16_bits(gpu_target)
+    if k % group_size:
+        pytest.skip("group size does not divide K")
+    weight, gated = (random_weight(n, k, group_size, gpu_target, gated=gated) for gated in (False, True))
+    for rows in ROWS:
+        check_linear(rows, weight, tile, gpu_target)
+        check_gate_up(rows, gated, tile._replace(block_n=max(tile.block_n // 2, 16)), gpu_target)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300])
+def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
+    """The card's own tiles, and the rules' where it has none; with a scratch, larger than it must be."""
+    only_16_bits(gpu_target)
+    for n, k, group_size in ((4096, 4096, 128), (12288, 4096, 128), (4096, 11008, 128), (960, 576, 64), (104, 96, 32)):
+        x, weight = gpu_target.randn(rows, k), random_weight(n, k, group_size, gpu_target)
+        scratch = torch.full((2 * n * k + 5,), float("nan"), dtype=gpu_target.dtype, device="cuda")
+        y = w4_linear(x, weight.packed, partial_sums=True, scratch=scratch)
+        expected = reference.linear(x.float(), weight.dense)
+        assert_close(y.float().sum(0) if y.dim() == 3 else y, expected, gpu_target.dtype)
+        weight = random_weight(n, k, group_size, gpu_target, gated=True)
+        expected = reference.gate_up(x.float(), weight.dense)
+        assert_close(w4_gate_up(x, weight.packed, scratch=scratch), expected, gpu_target.dtype)
+
+
+def test_row_does_not_depend_on_the_batch(target: Target) -> None:
+    """Nor on the block of rows that it falls into; splits add up in one order."""
+    if not target.triton or target.dtype == torch.float32:
+        pytest.skip("the library's order of summation is its own")
+    tile = Tile(16, 32, splits=2)
+    x, weight = target.randn(20, 256), random_weight(64, 256, 64, target).packed
+    batch = w4_linear(x, weight, tile=tile, partial_sums=True)
+    for row in (0, 19):
+        assert torch.equal(w4_linear(x[row : row + 1], weight, tile=tile, partial_sums=True)[:, 0], batch[:, row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(32, 128, 128), (40, 320, 64), (104, 96, 32)])
+def test_layout_holds_the_weight(n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    """Every value comes back, and blocks that are not full take no more than they must."""
+    parts = [random_awq(n, k, group_size) for _ in range(2)]
+    assert torch.equal(unpack(pack(parts[:1], dtype), torch.float32), dequantize(parts[0]))
+    gated = pack(parts, dtype)
+    assert torch.equal(unpack(gated, torch.float32), torch.cat([dequantize(part) for part in parts]))
+    assert gated.num_bytes == packed_bytes(2 * n, k, group_size)
+    assert packed_bytes(4096, 11008, 128) / (4096 * 11008) == 0.53125
+
+
+def test_word_is_what_the_kernels_read() -> None:
+    """One level and one zero point, where w4_layout.py says that they are."""
+    awq = random_awq(64, 256, 64)
+    levels = dequantize(awq._replace(qzeros=torch.zeros_like(awq.qzeros), scales=torch.ones_like(awq.scales)))
+    packed = pack([awq], torch.float16)
+    word = int(packed.words[1, 1, 5, 3])  # row 37, k = 128 + ...
+    for place, half in itertools.product(range(4), range(2)):
+        assert word >> (4 * place + 16 * half) & 15 == levels[37, 128 + 32 * place + 2 * 3 + half]
+    params = packed.params[1, 1, 1, 5]  # the fourth group of 64
+    zero = -dequantize(awq._replace(qweight=torch.zeros_like(awq.qweight), scales=torch.ones_like(awq.scales)))[37, 192]
+    assert params.to(torch.int16).view(torch.float16) == awq.scales[3, 37]
+    assert (params >> 16).to(torch.int16).view(torch.float16) == -(1024 + zero)
+
+
+def test_arguments_are_checked() -> None:
+    target = CPU_TARGETS["cpu-fp16"]
+    plain, gated = (random_weight(64, 128, 128, target, gated=gated).packed for gated in (False, True))
+    x = target.randn(4, 128)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 64\), expected \(4, 128\)"):
+        w4_linear(x[:, :64].contiguous(), plain)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.float32, expected torch\.float16"):
+        w4_linear(x.float(), plain)
+    with pytest.raises(ValueError, match="bias has shape"):
+        w4_linear(x, plain, target.randn(65))
+    with pytest.raises(ValueError, match="exclude each other"):
+        w4_linear(x, plain, partial_sums=True, out=target.randn(4, 64))
+    with pytest.raises(ValueError, match=r"scratch has shape \(8191,\), expected \(8192,\)"):
+        w4_linear(x, plain, scratch=target.randn(8191))
+    with pytest.raises(ValueError, match="packed as gate and up"):
+        w4_linear(x, gated)
+    with pytest.raises(ValueError, match="not as gate and up"):
+        w4_gate_up(x, plain)
+    with pytest.raises(ValueError, match="out has shape"):
+        w4_gate_up(x, gated, out=target.randn(4, 128))
+    with pytest.raises(ValueError, match=r"dtype=torch\.float32 has no kernels for 4-bit weights"):
+        pack([random_awq(64, 128, 128)], torch.float32)
