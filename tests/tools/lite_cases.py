@@ -18,7 +18,7 @@ WORDS = ("the", "capital", "of", "France", "is", "Paris", "and", "a", "token", "
 
 
 def write_conversations(path: Path, *, count: int = 40, seed: int = 5) -> Path:
-    """ShareGPT's JSON of random words, cut off as a download may be."""
+    """Conversations of random words: a .jsonl, or ShareGPT's JSON cut off as a download may be, which needs ijson."""
     draw = random.Random(seed)
     entries = [
         {
@@ -28,19 +28,22 @@ def write_conversations(path: Path, *, count: int = 40, seed: int = 5) -> Path:
         }
         for _ in range(count)
     ]
-    path.write_text(json.dumps(entries)[:-7])
+    lines = "\n".join(map(json.dumps, entries))
+    path.write_text(lines if path.suffix == ".jsonl" else json.dumps(entries)[:-7])
     return path
 
 
-def calibrated(directory: Path, *options: str, **checkpoint: Any) -> tuple[Path, Path, LlamaForCausalLM]:
+def calibrated(
+    directory: Path, *options: str, chats: str = "chats.json", **checkpoint: Any
+) -> tuple[Path, Path, LlamaForCausalLM]:
     """A checkpoint in `directory`, its work_dir, and the model as Transformers has it."""
     model = make_llama_checkpoint(directory / "checkpoint", **checkpoint)
-    run_calibrate(directory, *options)
+    run_calibrate(directory, *options, chats=chats)
     return directory / "checkpoint", directory / "work", model
 
 
-def run_calibrate(directory: Path, *options: str) -> None:
-    dataset = write_conversations(directory / "chats.json")
+def run_calibrate(directory: Path, *options: str, chats: str = "chats.json") -> None:
+    dataset = write_conversations(directory / chats)
     command = ["lite", "calibrate", "--model", str(directory / "checkpoint"), "--calib_dataset", str(dataset)]
     command += ["--calib_samples", str(SAMPLES), "--calib_seqlen", str(SEQLEN), "--work_dir", str(directory / "work")]
     assert main([*command, *options]) == 0
