@@ -33,7 +33,17 @@ def test_convert_defaults_are_the_functions() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["convert"], ["chat"], ["serve"], ["serve", "triton_server"], ["serve", "triton_client"]]
+    "command",
+    [
+        ["convert"],
+        ["chat"],
+        ["serve"],
+        ["serve", "triton_server"],
+        ["serve", "triton_client"],
+        ["lite", "calibrate"],
+        ["lite", "kv_qparams"],
+        ["lite", "auto_awq"],
+    ],
 )
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
