@@ -131,6 +131,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_num_batched_tokens: int
     max_queue_size: int
     vocab_size: int
+    quant_policy: int = 0
     memory_plan: str
     memory_bytes: dict[str, int] = {}
 

@@ -19,7 +19,8 @@ from tests.model_configs import LLAMA_2_7B
 from tests.workspaces import tiny_workspace
 
 from tritonmind_tools.bench import grid, kernel_cases, machine, profile
-from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
+from tritonmind_tools.bench.kernel_case import Point, Setting
+from tritonmind_tools.bench.kernel_cases import KERNELS
 from tritonmind_tools.bench.roofline import step_bytes
 from tritonmind_tools.bench.shapes import SHAPES, shape_name
 from tritonmind_tools.bench.timing import seconds_per_call

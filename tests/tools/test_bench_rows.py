@@ -59,6 +59,20 @@ def test_a_row_of_rounds() -> None:
     assert row.spread == pytest.approx((2.0 - 0.5) / 1.0)
 
 
+@pytest.mark.parametrize(("policy", "token_kib", "name"), [(8, 264, "fp16+kv8"), (4, 256, "fp16+kv4")])
+def test_int8_kv_is_in_precision_and_roofline(policy: int, token_kib: int, name: str) -> None:
+    facts = FACTS._replace(quant_policy=policy)
+    workload = grid.batch(2, 10, 3)
+    row = make_row(workload, [round_of(list(workload.lengths), [[1.0, 2.0, 3.0]] * 2)], facts)
+    num_bytes = step_bytes(LLAMA_2_7B, 2, 2, 0) + 2 * 11.5 * token_kib * 1024
+    assert row.precision == name and row.roofline_fraction == pytest.approx(num_bytes / 3e12 / 1.0)
+    mixed = Workload("mine", "requests", [(10, 5)])
+    rounds = [round_of(list(mixed.lengths), [[1.0, 2.0, 3.0, 4.0, 5.0]])]
+    num_bytes = 4 * step_bytes(LLAMA_2_7B, 2, 1, 0) + 4 * 12.5 * token_kib * 1024
+    compute = prefill_flops(LLAMA_2_7B, [10]) / 7e14
+    assert make_row(mixed, rounds, facts).roofline_fraction == pytest.approx((compute + num_bytes / 3e12) / 5.0)
+
+
 def test_what_prefills_and_lists_of_requests_are_held_against() -> None:
     prefill = grid.batch(2, 1000, 1)
     row = make_row(prefill, [round_of(list(prefill.lengths), [[0.5], [1.0]])], FACTS)

@@ -161,6 +161,10 @@ def test_compare_runs_the_same_requests_in_both(tmp_path: Path, given: str) -> N
             ["static", "--shape", "tiny", "--engine-options", "session_len=9", "max_model_len=9"],
             "max_model_len is given twice",
         ),
+        (
+            ["static", "--shape", "tiny", "--quant-policy=8", "--engine-options", "quant_policy=4"],
+            "quant_policy is given twice, by --quant-policy too",
+        ),
         (["throughput", "--shape", "tiny", "--workload", "mix2000"], "--workload='mix2000' is no file and none of"),
         (["throughput", "--shape", "tiny", "--workload", "mix1000", "--limit=0"], "--limit='0'"),
         (["throughput", "--shape", "tiny", "--workload", "mix1000", "--max-batch=0"], "--max-batch='0'"),

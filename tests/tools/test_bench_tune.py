@@ -16,7 +16,7 @@ from tritonmind.kernels import tuning
 from tritonmind.kernels.tile_candidates import SEARCHES
 from tritonmind.kernels.tile_table import KERNELS, LIBRARY, Card, Tile
 from tritonmind_tools.bench import tune, tune_cases
-from tritonmind_tools.bench.kernel_cases import Point, Setting
+from tritonmind_tools.bench.kernel_case import Point, Setting
 from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.bench.tune import Pick, merged, search, written
 from tritonmind_tools.bench.tune_cases import Task

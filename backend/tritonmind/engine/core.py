@@ -53,6 +53,7 @@ class EngineCore:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_queue_size=limits.max_queue_size,
+            quant_policy=int(config.cache.quant_policy),
             vocab_size=config.model.vocab_size,
             memory_plan=runner.memory_plan.describe(),
             memory_bytes=runner.memory_plan.parts(),

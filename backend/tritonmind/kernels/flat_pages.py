@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, check_ndim, check_tensor
+from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, check_ndim, check_tensor, use_triton
 from tritonmind.kernels.kv_quant import KVScales
 
 
@@ -51,8 +51,8 @@ def plan_flat_pages(
     context_lens: torch.Tensor,
     *,
     lens: Sequence[tuple[int, int]],
-) -> FlatPages:
-    """Groups of prompts for the scratch k, v, once a step for all layers.
+) -> FlatPages | None:
+    """Groups of prompts for the scratch k, v, once a step for all layers; None on a CPU, which needs none.
 
     The other tensors are those that paged_prefill_attention gets, on the device. lens: query_len and context_len of
     each sequence, as the host knows them. Raises ValueError for a wrong shape, dtype or device, or a sequence that does
@@ -63,6 +63,8 @@ def plan_flat_pages(
     check_block_tables(block_tables, len(lens), k.device)
     check_tensor("cu_seqlens_q", cu_seqlens_q, (len(lens) + 1,), torch.int32, k.device)
     check_tensor("context_lens", context_lens, (len(lens),), torch.int32, k.device)
+    if not use_triton(k):
+        return None
     from tritonmind.kernels import triton_flat_pages
 
     groups = []

@@ -44,7 +44,7 @@ KVScales = LayerScales | TokenScales
 def asymmetric_scale(minimum: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero, fp32, that spread the bytes over [minimum, maximum]: scale = (max - min) / 255, zero the middle.
 
-    Both ends are then half a step beyond what a byte can say, or on it: the error is half a step anywhere.
+    The error is half a step at most, at both ends too.
     """
     minimum, maximum = minimum.float(), maximum.float()
     return ((maximum - minimum) / MAX_BYTE).clamp(min=MIN_SCALE), (maximum + minimum) / 2

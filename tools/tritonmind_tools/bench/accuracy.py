@@ -59,7 +59,7 @@ def register(kinds: Any) -> None:
         "(default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--together", type=int, default=0, help="candidates loaded at once (default: what fits)")
-    add_engine_options(parser)
+    add_engine_options(parser, one_quant_policy=False)
     add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 

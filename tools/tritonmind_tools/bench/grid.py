@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from tritonmind.config import QuantPolicy
 from tritonmind_tools.bench.report import precision
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, decode_bytes, prefill_flops, step_bytes
 from tritonmind_tools.bench.rounds import Lengths, Round, Steady, percentile
@@ -55,13 +56,17 @@ class Workload(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What rows are measured on and against. bandwidth: bytes a second. flops: a second. max_batch: of a step."""
+    """What rows are measured on and against.
+
+    bandwidth: bytes a second. flops: a second. max_batch: of a step. quant_policy: of the KV cache.
+    """
 
     model: ModelConfig
     dtype: str  # as torch names it
     bandwidth: float
     flops: float
     max_batch: int
+    quant_policy: int = QuantPolicy.NONE
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def make_row(workload: Workload, rounds: Sequence[Round], facts: Facts, engine: 
     return Row(
         workload=workload.name,
         shape=shape_name(facts.model),
-        precision=precision(facts.model, facts.dtype),
+        precision=precision(facts.model, facts.dtype, facts.quant_policy),
         value=value,
         unit="req/s" if workload.kind == "requests" else "tok/s",
         roofline_fraction=_roofline_fraction(workload, facts, wall, step_time, context),
@@ -212,6 +217,7 @@ def _roofline_fraction(workload: Workload, facts: Facts, wall: float, step_time:
     if workload.kind == "prefill":
         return compute / wall
     if workload.kind == "requests":
-        return (compute + decode_bytes(model, dtype_bytes, workload.lengths, facts.max_batch) / facts.bandwidth) / wall
-    num_bytes = step_bytes(model, dtype_bytes, len(workload.lengths), context)
+        num_bytes = decode_bytes(model, dtype_bytes, workload.lengths, facts.max_batch, facts.quant_policy)
+        return (compute + num_bytes / facts.bandwidth) / wall
+    num_bytes = step_bytes(model, dtype_bytes, len(workload.lengths), context, facts.quant_policy)
     return num_bytes / facts.bandwidth / step_time if step_time else 0.0

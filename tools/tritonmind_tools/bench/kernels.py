@@ -18,7 +18,7 @@ from tritonmind_tools.bench.report import INT4_PRECISION, Report, positive_numbe
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from tritonmind_tools.bench.kernel_cases import Case, Kernel, Point, Setting
+    from tritonmind_tools.bench.kernel_case import Case, Kernel, Point, Setting
 
 DEFAULT_SHAPE = "llama-2-7b"
 
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from tritonmind_tools.bench import machine
-    from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
+    from tritonmind_tools.bench.kernel_case import Point, Setting
+    from tritonmind_tools.bench.kernel_cases import KERNELS
 
     (context,) = positive_numbers("--context", str(args.context))
     points = [Point(size, 1, context) for size in positive_numbers("--batch-sizes", args.batch_sizes)]
@@ -131,11 +132,13 @@ def _seconds(case: Case, setting: Setting) -> float:
 def _row(
     kernel: Kernel, point: Point, case: Case, seconds: float, args: argparse.Namespace, bandwidth: float, rate: float
 ) -> Row:
+    from tritonmind_tools.bench.kernel_case import kv_precision
+
     moving, computing = case.num_bytes / bandwidth, case.num_flops / rate
     return Row(
         workload=f"{kernel.name} {point}",
         shape=args.shape,
-        precision=INT4_PRECISION if kernel.is_int4 else args.dtype,
+        precision=(INT4_PRECISION if kernel.is_int4 else args.dtype) + kv_precision(kernel.name),
         value=seconds * 1e6,
         unit="us",
         roofline_fraction=max(moving, computing) / seconds,

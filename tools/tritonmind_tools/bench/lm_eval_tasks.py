@@ -32,7 +32,7 @@ def register(kinds: Any) -> None:
     parser.add_argument("--apply-chat-template", action="store_true", help="put questions as a user's turn")
     parser.add_argument("--allow-downloads", action="store_true", help="let the harness fetch data")
     parser.add_argument("--quant-policy", type=int, choices=(0, 4, 8), help="how K and V are stored")
-    add_engine_options(parser)
+    add_engine_options(parser, one_quant_policy=False)
     add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 

@@ -64,7 +64,9 @@ def measure(args: argparse.Namespace, report: Report, plan: Plan, note: str = ""
     try:
         report.notes["engine"] = f"{client.info.device} {client.info.dtype}, {client.info.memory_plan}"
         report.notes["engine ready"] = f"after {time.monotonic() - started:.1f} s"
-        facts = Facts(source.model, client.info.dtype, bandwidth, flops, client.info.max_num_seqs)
+        facts = Facts(
+            source.model, client.info.dtype, bandwidth, flops, client.info.max_num_seqs, client.info.quant_policy
+        )
         report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
         report.notes["matmul rate"] = f"{flops / 1e12:.3g} TFLOP/s"
         report.notes["workload"] = f"greedy, ignore_eos, random ids, fresh each round{note}"

@@ -93,7 +93,7 @@ def register(kinds: Any) -> None:
     parser.add_argument("--batch-sizes", default="1", help="sessions at once, comma-separated (default %(default)s)")
     parser.add_argument("--contexts", default="2048", help="tokens of a session, comma-separated (default 2048)")
     parser.add_argument("--quant-policy", default="0", help="0, 4, 8, comma-separated (default %(default)s)")
-    add_engine_options(parser)
+    add_engine_options(parser, one_quant_policy=False)
     add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 

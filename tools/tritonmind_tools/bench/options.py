@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tritonmind.config import QuantPolicy
 from tritonmind.config_ini import SETTINGS
 from tritonmind.errors import ConfigError
 from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES
@@ -21,14 +22,16 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, o
     )
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--dtype, --num-threads and --engine-options."""
+def add_engine_options(parser: argparse.ArgumentParser, *, one_quant_policy: bool = True) -> None:
+    """--dtype, --num-threads and --engine-options, and --quant-policy unless a measurement has several."""
     parser.add_argument(
         "--dtype",
         default=AUTO,
         choices=(*DTYPES, INT4),
         help=f"to compute in; {INT4}: fp16 with 4-bit weights, of a --shape (a workspace's weights are what they are)",
     )
+    if one_quant_policy:
+        add_quant_policy(parser)
     parser.add_argument("--num-threads", type=int, default=0, help="CPU threads, 0 for PyTorch's choice")
     parser.add_argument(
         "--engine-options",
@@ -37,6 +40,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="settings of config.ini or of the engine, over those of the measurement",
+    )
+
+
+def add_quant_policy(parser: argparse.ArgumentParser) -> None:
+    """--quant-policy, as chosen_settings reads it."""
+    parser.add_argument(
+        "--quant-policy",
+        dest="one_quant_policy",
+        type=int,
+        choices=[int(policy) for policy in QuantPolicy],
+        help="of the KV cache: 8 is int8 with a scale for each token, 4 with calibrated ones (default: config.ini's)",
     )
 
 
@@ -84,7 +98,18 @@ def engine_overrides(args: argparse.Namespace, **own: object) -> dict[str, objec
         "dtype": engine_dtype(args),
         **own,
     }
-    return overrides | key_values(args.engine_options)
+    return overrides | chosen_settings(args)
+
+
+def chosen_settings(args: argparse.Namespace) -> dict[str, object]:
+    """What --quant-policy and --engine-options say. Raises ConfigError where both say the same."""
+    chosen: dict[str, object] = dict(key_values(args.engine_options))
+    policy = getattr(args, "one_quant_policy", None)
+    if policy is not None:
+        if "quant_policy" in chosen:
+            raise ConfigError("--engine-options: quant_policy is given twice, by --quant-policy too")
+        chosen["quant_policy"] = policy
+    return chosen
 
 
 def key_values(options: Sequence[str]) -> dict[str, str]:

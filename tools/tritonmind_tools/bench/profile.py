@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     report.notes["jit compiles"] = f"{stats.num_jit_compiles} after ready"
     dtype_bytes = DTYPE_BYTES[core.info.dtype]
     num_bytes = {
-        "decode attention": kv_bytes(source.model, dtype_bytes, args.batch_size, context + args.steps),
+        "decode attention": kv_bytes(
+            source.model, dtype_bytes, args.batch_size, context + args.steps, core.info.quant_policy
+        ),
         "matrix products": float(weight_bytes(source.model, dtype_bytes)),
     }
     _print_account(account, num_bytes, timing)
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     row = {
         "workload": workload,
         "shape": shape_name(source.model),
-        "precision": precision(source.model, core.info.dtype),
+        "precision": precision(source.model, core.info.dtype, core.info.quant_policy),
         "value": timing.wall * 1e6,
         "unit": "us",
         "roofline_fraction": roofline / timing.wall,

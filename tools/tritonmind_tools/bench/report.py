@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tritonmind.config import ModelConfig
+from tritonmind.config import ModelConfig, QuantPolicy
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench import machine
 
@@ -24,9 +24,13 @@ RESULTS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "results
 PLAIN_WIDTH = 200  # columns of a table that no terminal breaks
 
 
-def precision(model: ModelConfig, dtype: str) -> str:
-    """What rows say of an engine that computes in `dtype`, as torch names it. A CPU's has its 4-bit weights in that."""
-    return INT4_PRECISION if model.weight_type == "int4" and dtype != "float32" else PRECISIONS[dtype]
+def precision(model: ModelConfig, dtype: str, quant_policy: int = QuantPolicy.NONE) -> str:
+    """What rows say of an engine that computes in `dtype`, as torch names it, over a KV cache of this policy.
+
+    A CPU's has its 4-bit weights in that.
+    """
+    weights = INT4_PRECISION if model.weight_type == "int4" and dtype != "float32" else PRECISIONS[dtype]
+    return weights + (f"+kv{int(quant_policy)}" if quant_policy else "")
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, plots: bool = True) -> None:

@@ -17,6 +17,7 @@ import argparse
 from typing import Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.options import add_quant_policy
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
 from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.embedded_server import MODEL_NAME
@@ -59,6 +60,7 @@ def register(kinds: Any) -> None:
     parser.add_argument("--text-prompts", action="store_true", help="words, for an endpoint that takes no token ids")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (default %(default)s)")
     parser.add_argument("--max-batch", type=int, default=MAX_BATCH, help="of --self-host (default %(default)s)")
+    add_quant_policy(parser)
     parser.add_argument(
         "--engine-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of --self-host"
     )
@@ -108,3 +110,5 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--workload has lengths of its own: leave out --input-len and --output-len")
     if args.engine_options and args.self_host is None:
         raise ConfigError("--engine-options are for --self-host: a running server has its own")
+    if args.one_quant_policy is not None and args.self_host is None:
+        raise ConfigError("--quant-policy is for --self-host: a running server has its own")

@@ -10,8 +10,9 @@ from typing import Any
 from tritonmind.workspace import Workspace
 from tritonmind_tools.bench import grid, machine
 from tritonmind_tools.bench.load import Target
-from tritonmind_tools.bench.options import key_values
-from tritonmind_tools.bench.report import PRECISIONS, Report, print_table
+from tritonmind_tools.bench.options import chosen_settings
+from tritonmind_tools.bench.report import Report, print_table
+from tritonmind_tools.bench.report import precision as precision_of
 from tritonmind_tools.bench.rounds import run_round
 from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder, served_workspace
 from tritonmind_tools.bench.serving_load import WARM_UP_TOKENS, Load, make_row, measure
@@ -36,7 +37,7 @@ def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loa
         "enable_prefix_caching": False,
         "check_integrity_when_idle": False,
         "max_num_seqs": args.max_batch,
-        **key_values(args.engine_options),
+        **chosen_settings(args),
     }
     bandwidth = machine.copy_bandwidth()
     with hosted(workspace, settings) as server:
@@ -47,9 +48,11 @@ def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loa
     batches = [load for load in loads if load.is_batch]
     engine_rows: dict[str, grid.Row] = {}
     with bare_engine(workspace, settings) as client:
-        precision = PRECISIONS[client.info.dtype]
+        precision = precision_of(model, client.info.dtype, client.info.quant_policy)
         # The rate of arithmetic is for rows of prompts alone, of which there are none.
-        facts = grid.Facts(model, client.info.dtype, bandwidth, float("inf"), client.info.max_num_seqs)
+        facts = grid.Facts(
+            model, client.info.dtype, bandwidth, float("inf"), client.info.max_num_seqs, client.info.quant_policy
+        )
         for load in batches:
             workload = grid.batch(len(load.lengths), *load.lengths[0])
             warm_up = [(prompt, min(answer, WARM_UP_TOKENS)) for prompt, answer in load.lengths]

@@ -90,7 +90,7 @@ def _measure(
     import triton
 
     from tritonmind_tools.bench import machine, tune_cases
-    from tritonmind_tools.bench.kernel_cases import Setting
+    from tritonmind_tools.bench.kernel_case import Setting, kv_precision
 
     report, dtype = Report(args.json), torch.float16
     bandwidth, rate = machine.copy_bandwidth(), machine.matmul_rate(dtype)
@@ -116,6 +116,7 @@ def _measure(
         work = tune_cases.case(setting, task, tune_cases.point(task))
         fastest = max(work.num_bytes / bandwidth, work.num_flops / rate)
         precision = INT4_PRECISION if task.is_int4 else PRECISIONS[str(dtype).removeprefix("torch.")]
+        precision += kv_precision(task.product)
         rows.append(_row(task, pick, args.shape, precision, work.num_bytes, fastest))
     _print_rows(rows)
     output.write_text(written(merged(before, card.name, triton.__version__, picks)))

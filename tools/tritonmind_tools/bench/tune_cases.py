@@ -21,7 +21,7 @@ from tritonmind.kernels import tuning
 from tritonmind.kernels.tile_candidates import SEARCHES
 from tritonmind.kernels.tile_table import KERNELS, Tile
 from tritonmind_tools.bench import kernel_cases
-from tritonmind_tools.bench.kernel_cases import Case, Point, Setting
+from tritonmind_tools.bench.kernel_case import BLOCK_SIZE, EPS, KV_SUFFIX, Case, Point, Setting
 from tritonmind_tools.bench.timing import seconds_per_call
 
 # The jit functions behind a kernel's tiles.
@@ -64,7 +64,7 @@ PRODUCTS = {
     "gate_up": ("w13",),
     "w4_linear": ("w_qkv w4", "wo w4", "w2 w4"),
     "w4_gate_up": ("w13 w4",),
-    "decode_attention": ("paged_decode_attention",),
+    "decode_attention": ("paged_decode_attention", "paged_decode_attention" + KV_SUFFIX),
     "prefill_attention": ("paged_prefill_attention",),
 }
 
@@ -84,7 +84,8 @@ def _sizes(setting: Setting, kernel: str, product: str) -> tuple[int, ...]:
     shape = setting.shape
     if kernel.endswith("attention"):
         group = shape.num_heads // shape.num_kv_heads
-        return shape.head_dim, group, kernel_cases.BLOCK_SIZE, setting.dtype.itemsize
+        itemsize = 1 if product.endswith(KV_SUFFIX) else setting.dtype.itemsize
+        return shape.head_dim, group, BLOCK_SIZE, itemsize
     product, _, int4 = product.partition(" ")
     sizes = {
         "w_qkv": (shape.qkv_size, shape.hidden_size),
@@ -120,17 +121,17 @@ def _add_norm(setting: Setting, rows: int, product: Case) -> Case:
         call = make()
         residual = torch.zeros(size, dtype=setting.dtype, device=setting.device)
         weight = residual.new_ones(size[1])
-        return lambda: kernels.add_rms_norm(_tensor(call()), residual, weight, eps=kernel_cases.EPS)
+        return lambda: kernels.add_rms_norm(_tensor(call()), residual, weight, eps=EPS)
 
     return product._replace(num_bytes=product.num_bytes + 3 * math.prod(size) * setting.dtype.itemsize, make=make_both)
 
 
 def _rotary(setting: Setting, rows: int, product: Case) -> Case:
     shape, make = setting.shape, product.make
-    num_blocks = -(-rows // kernel_cases.BLOCK_SIZE)
+    num_blocks = -(-rows // BLOCK_SIZE)
 
     def make_both() -> Callable[[], object]:
-        call, size = make(), (num_blocks, shape.num_kv_heads, kernel_cases.BLOCK_SIZE, shape.head_dim)
+        call, size = make(), (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         pools = [torch.zeros(size, dtype=setting.dtype, device=setting.device) for _ in range(2)]
         slots = torch.arange(rows, dtype=torch.int32, device=setting.device)
         cos_sin = torch.randn(rows, shape.head_dim, device=setting.device)
