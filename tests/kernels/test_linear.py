@@ -6,6 +6,7 @@ import torch
 from tests.kernels.kernel_cases import Target
 from tests.tolerances import assert_close
 from tritonmind.kernels import add_rms_norm, gate_up, linear, product_variants, reference, rotary_kv_write
+from tritonmind.kernels.linear import MIN_ADDED_ROWS
 from tritonmind.kernels.tile_table import LIBRARY, MANY_ROWS, Tile
 from tritonmind.kernels.tuning import tile as tuned_tile
 
@@ -149,6 +150,18 @@ def test_consumers_add_partial_sums(target: Target) -> None:
         assert_close(cache.cpu()[written], twin[written], target.dtype)
 
 
+@pytest.mark.parametrize("rows", [1, MIN_ADDED_ROWS])
+def test_many_rows_are_added_to_what_they_are_for(rows: int, target: Target) -> None:
+    x, weight = make((rows, 24, 40), target)
+    before = target.randn(rows, 24)
+    add_to = before.clone()
+    y = linear(x, weight, tile=LIBRARY, partial_sums=True, add_to=add_to)
+    product = reference.linear(x.cpu().float(), weight.cpu().float())
+    assert (y is add_to) == (rows == MIN_ADDED_ROWS)
+    assert_close(y, product + before.cpu().float() if y is add_to else product, target.dtype)
+    assert y is add_to or torch.equal(add_to, before)
+
+
 def test_library_is_chosen_where_tiles_do_not_fit() -> None:
     cpu = torch.device("cpu")
     assert tuned_tile("linear", cpu, rows=1, n=100, k=64).library
@@ -167,6 +180,10 @@ def test_arguments_are_checked() -> None:
         linear(x, weight, out=torch.empty(4, 6).half())
     with pytest.raises(ValueError, match="exclude each other"):
         linear(x, weight, partial_sums=True, out=torch.empty(4, 6))
+    with pytest.raises(ValueError, match="out and add_to exclude each other"):
+        linear(x, weight, add_to=torch.empty(4, 6), out=torch.empty(4, 6))
+    with pytest.raises(ValueError, match="add_to has shape"):
+        linear(x, weight, add_to=torch.empty(4, 8))
     with pytest.raises(ValueError, match="weight has 5 rows, expected an even number"):
         gate_up(x, weight[:5])
     with pytest.raises(ValueError, match=r"x has shape \(2, 4, 64\), expected \(2, 5, 64\)"):

@@ -13,6 +13,9 @@ from tritonmind.kernels.tile_table import LIBRARY, Tile
 
 # cp.async copies 16 bytes at a time: rows of a weight must begin at a multiple of that.
 ROW_ALIGNMENT = 16
+# Rows from which a product adds to what it is to be added to. Fewer leave that to the kernel behind, whose start can
+# overlap with the product's end.
+MIN_ADDED_ROWS = 512
 
 
 def linear(
@@ -21,6 +24,7 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     partial_sums: bool = False,
+    add_to: torch.Tensor | None = None,
     tile: Tile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -28,6 +32,8 @@ def linear(
 
     x: [T, K] fp32, fp16 or bf16, contiguous. weight: [N, K] and bias: [N], dtype of x. out: [T, N], dtype of x.
     partial_sums: the caller can also take fp32 [S, T, N], of which y is the sum over S; then out must be None.
+    add_to: [T, N], dtype of x: what the caller will add y to. Where that costs little, in the library's product of many
+    rows, it is done here, in place, and add_to itself is returned; then out must be None.
     tile: instead of the one that tuning.tile has for the card.
     Returns y, in `out` if given. Raises ValueError for a wrong shape, dtype, device or layout.
     """
@@ -42,6 +48,12 @@ def linear(
             )
         check_tensor("out", out, (num_rows, n), x.dtype, x.device)
     tile = _choose("linear", x, weight, n) if tile is None else tile
+    if add_to is not None:
+        if out is not None:
+            raise ValueError("out and add_to exclude each other: add_to takes the sum")
+        check_tensor("add_to", add_to, (num_rows, n), x.dtype, x.device)
+        if tile.library and bias is None and num_rows >= MIN_ADDED_ROWS:
+            return add_to.addmm_(x, weight.t())
     if tile.library or (tile.many_rows and bias is not None):
         return _library(x, weight, bias, out)
     if tile.many_rows:

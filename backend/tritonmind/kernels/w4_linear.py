@@ -19,6 +19,7 @@ def w4_linear(
     bias: torch.Tensor | None = None,
     *,
     partial_sums: bool = False,
+    add_to: torch.Tensor | None = None,
     tile: Tile | None = None,
     scratch: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -27,6 +28,7 @@ def w4_linear(
 
     x: [T, K] of weight.dtype, contiguous. bias: [N], dtype of x. out: [T, N], dtype of x.
     partial_sums: the caller can also take fp32 [S, T, N], of which y is the sum over S; then out must be None.
+    add_to: [T, N], dtype of x: what the caller will add y to; see linear.linear.
     tile: instead of the one that tuning.tile has for the card. scratch: at least N * K elements of weight.dtype, which
     the weight is written to where rows are many; one is allocated where none is given.
     Returns y, in `out` if given. Raises ValueError for a wrong shape, dtype, device or layout.
@@ -45,7 +47,7 @@ def w4_linear(
         check_tensor("out", out, size, x.dtype, x.device)
     tile = _choose("w4_linear", x, weight) if tile is None else tile
     if tile.is_whole or not use_triton(x):
-        return linear(x, _dense(x, weight, scratch), bias, partial_sums=partial_sums, out=out)
+        return linear(x, _dense(x, weight, scratch), bias, partial_sums=partial_sums, add_to=add_to, out=out)
     from tritonmind.kernels import triton_w4_linear
 
     if not partial_sums:

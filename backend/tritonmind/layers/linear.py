@@ -41,14 +41,24 @@ class Product(nn.Module):
         """For each kernel that up to `max_rows` rows use on a GPU, a number of rows that uses it."""
 
     @abstractmethod
-    def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        partial_sums: bool = False,
+        add_to: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype, in `out` if given.
 
         partial_sums: the result may also be fp32 [num_parts, num_tokens, out_features], for the next kernel to add up.
+        add_to: what the next kernel would add the result to; it may be added in place here, and add_to returned.
         """
 
-    def _on_cpu(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _on_cpu(self, x: torch.Tensor, add_to: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         assert self._transposed is not None
+        if self.bias is None and add_to is not None:
+            return add_to.addmm_(x, self._transposed)
         if self.bias is None:
             return torch.mm(x, self._transposed, out=out)
         return torch.addmm(self.bias, x, self._transposed, out=out)
@@ -91,12 +101,19 @@ class Linear(Product):
         assert self.weight is not None
         return product_variants("linear", self.out_features, self.in_features, max_rows, self.weight.device)
 
-    def forward(self, x: torch.Tensor, *, partial_sums: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        partial_sums: bool = False,
+        add_to: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See Product.forward."""
         if self._transposed is not None:
-            return self._on_cpu(x, out)
+            return self._on_cpu(x, add_to, out)
         assert self.weight is not None
-        return linear(x, self.weight, self.bias, partial_sums=partial_sums, out=out)
+        return linear(x, self.weight, self.bias, partial_sums=partial_sums, add_to=add_to, out=out)
 
 
 class GatedLinear(Linear):

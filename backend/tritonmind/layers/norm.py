@@ -9,7 +9,10 @@ from tritonmind.kernels import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """weight * x / rms(x). Called with a residual it first adds x to it, in place, and normalises the sum."""
+    """weight * x / rms(x). Called with a residual it first adds x to it, in place, and normalises the sum.
+
+    A residual that something was added to already comes as both: see Product.forward.
+    """
 
     weight: torch.Tensor
 
@@ -20,6 +23,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [num_tokens, hidden_size] -> (normalised, the sum to carry on)."""
-        if residual is None:
+        if residual is None or residual is x:
             return rms_norm(x, self.weight, eps=self.eps), x
         return add_rms_norm(x, residual, self.weight, eps=self.eps)

@@ -23,7 +23,7 @@ KVCaches = SequenceABC[KVCache]
 class HiddenStates(NamedTuple):
     """What the layers leave of each token: the last one's output, and the residual stream that it is to be added to."""
 
-    x: torch.Tensor  # [num_tokens, hidden_size], or partial sums of it
+    x: torch.Tensor  # [num_tokens, hidden_size], or partial sums of it; residual itself if it has been added
     residual: torch.Tensor  # [num_tokens, hidden_size]
 
 
@@ -59,8 +59,8 @@ class LlamaLayer(nn.Module):
         x = self.attention(qkv, cos_sin, inputs.positions, kv_cache, inputs.attention)
         if rows is not None:
             x, residual = gather_rows(x, rows), gather_rows(residual, rows)
-        x, residual = self.ffn_norm(self.wo(x, partial_sums=True), residual)
-        return self.w2(self.w13(x), partial_sums=True), residual
+        x, residual = self.ffn_norm(self.wo(x, partial_sums=True, add_to=residual), residual)
+        return self.w2(self.w13(x), partial_sums=True, add_to=residual), residual
 
 
 class LlamaForCausalLM(nn.Module):
@@ -115,8 +115,12 @@ class LlamaForCausalLM(nn.Module):
         """Logits of the tokens in `rows`, of all for None, which uses `hidden` up."""
         x, residual = hidden
         if rows is not None:
-            x = gather_rows(x, rows) if x.dim() == 2 else x.index_select(1, rows)
-            residual = gather_rows(residual, rows)
+            taken = gather_rows(residual, rows)
+            if x.dim() == 3:
+                x = x.index_select(1, rows)
+            else:
+                x = taken if x is residual else gather_rows(x, rows)
+            residual = taken
         x, _ = self.norm(x, residual)
         return self.output(x, out=out)
 
