@@ -26,6 +26,13 @@ class HiddenStates(NamedTuple):
     x: torch.Tensor  # [num_tokens, hidden_size], or partial sums of it; residual itself if it has been added
     residual: torch.Tensor  # [num_tokens, hidden_size]
 
+    def take(self, rows: torch.Tensor) -> HiddenStates:
+        """Those of the tokens in `rows` [n] int32."""
+        residual = gather_rows(self.residual, rows)
+        if self.x is self.residual:
+            return HiddenStates(residual, residual)
+        return HiddenStates(gather_rows(self.x, rows) if self.x.dim() == 2 else self.x.index_select(1, rows), residual)
+
 
 class LlamaLayer(nn.Module):
     """One decoder layer. The residual stream travels beside the activations, so that each add fuses with a norm."""
@@ -113,15 +120,7 @@ class LlamaForCausalLM(nn.Module):
         self, hidden: HiddenStates, rows: torch.Tensor | None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits of the tokens in `rows`, of all for None, which uses `hidden` up."""
-        x, residual = hidden
-        if rows is not None:
-            taken = gather_rows(residual, rows)
-            if x.dim() == 3:
-                x = x.index_select(1, rows)
-            else:
-                x = taken if x is residual else gather_rows(x, rows)
-            residual = taken
-        x, _ = self.norm(x, residual)
+        x, _ = self.norm(*(hidden if rows is None else hidden.take(rows)))
         return self.output(x, out=out)
 
     def row_variants(self, max_tokens: int, max_samples: int) -> list[int]:
