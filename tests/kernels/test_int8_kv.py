@@ -19,8 +19,8 @@ from tritonmind.kernels import (
 )
 
 KINDS = ["layer", "token"]
-# (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4, 8 and 20 heads, head_dims that are no power of two.
-HEADS = [(2, 2, 64), (9, 3, 64), (4, 1, 80), (8, 1, 128), (20, 1, 64)]
+# (num_heads, num_kv_heads, head_dim): groups of 3, 4, 8 and 20 heads, head_dims that are no power of two.
+HEADS = [(9, 3, 64), (4, 1, 80), (8, 1, 128), (20, 1, 64)]
 LARGE_HEADS = [(32, 32, 128), (32, 8, 128), (32, 4, 128), (9, 3, 64), (40, 40, 80), (24, 1, 96)]
 LAYER_SCALES = LayerScales(0.03, 0.4, 0.02, -0.3)
 
