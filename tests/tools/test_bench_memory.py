@@ -13,6 +13,7 @@ import torch
 
 from tritonmind.engine import launch
 from tritonmind.errors import ConfigError
+from tritonmind.model_source import open_model
 from tritonmind_tools.bench import memory
 from tritonmind_tools.bench.memory import ANSWER, MIB, Case, MemoryWatch, measure
 from tritonmind_tools.cli import build_parser, main
@@ -60,7 +61,15 @@ def test_an_engine_holds_whole_sessions_and_its_row_says_where_the_memory_went(m
     assert row.kv_cache * MIB == 2 * 2 * 2 * 6 * 64 * (16 + 4)
     assert row.weights > 0 and row.steps > 0
     assert row.other == pytest.approx(170 - row.weights - row.kv_cache - row.steps)
+    assert row.weight_bytes_each == 4
     assert (row.workload, row.shape, row.precision) == ("memory_batch3_context100", "tiny", "fp32+kv8")
+
+
+def test_four_bit_weights_take_little_more_than_half_a_byte() -> None:
+    for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b"):
+        model = open_model(f"random:{name}:int4").model
+        # 4 bits, and a 16-bit scale with a 16-bit zero for each group of 128; rows and columns are whole tiles.
+        assert memory.bytes_of_a_weight(model, "float16", "cuda") == pytest.approx(0.5 + 4 / 128)
 
 
 def test_the_watch_keeps_the_most_that_was_missing() -> None:

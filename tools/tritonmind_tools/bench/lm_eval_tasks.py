@@ -13,7 +13,7 @@ from typing import Any
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.options import add_engine_options, engine_overrides
-from tritonmind_tools.bench.report import PRECISIONS, Report, add_output_options, print_table
+from tritonmind_tools.bench.report import Report, add_output_options, precision, print_table
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 ERROR_SUFFIX = "_stderr"
@@ -31,8 +31,7 @@ def register(kinds: Any) -> None:
     parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--apply-chat-template", action="store_true", help="put questions as a user's turn")
     parser.add_argument("--allow-downloads", action="store_true", help="let the harness fetch data")
-    parser.add_argument("--quant-policy", type=int, choices=(0, 4, 8), help="how K and V are stored")
-    add_engine_options(parser, one_quant_policy=False)
+    add_engine_options(parser)
     add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 
@@ -50,25 +49,20 @@ def run(args: argparse.Namespace) -> int:
     require_harness()
     manager = _task_manager(args)
     report = Report.from_args(args)
-    policy = {} if args.quant_policy is None else {"quant_policy": args.quant_policy}
-    overrides = engine_overrides(args, **policy)
+    overrides = engine_overrides(args)
     # Questions of a task begin alike.
     with LLM(args.workspace, **{**overrides, "enable_prefix_caching": True}) as llm:  # type: ignore[arg-type]
         results = _evaluate(harness_model(EngineScorer(llm)), manager, args)
         shape = shape_name(llm.model)
-        precision = PRECISIONS.get(llm.engine.info.dtype, llm.engine.info.dtype)
-        if llm.model.weight_type == "int4":
-            precision = f"int4-g{llm.model.group_size}"
+        called = precision(llm.model, llm.engine.info.dtype, llm.engine.info.quant_policy)
         report.notes["engine"] = f"{llm.engine.info.device} {llm.engine.info.dtype}, {llm.engine.info.memory_plan}"
-    if args.quant_policy:
-        precision += f"+kv{args.quant_policy}"
     found = metrics(results)
     print_table(
         ("task", "metric", "value", "±"),
         [(task, metric, f"{value:.4f}", f"{error:.4f}") for task, metric, value, error in found],
     )
     rows = [
-        {"workload": task, "shape": shape, "precision": precision, "value": value, "unit": metric, "error": error}
+        {"workload": task, "shape": shape, "precision": called, "value": value, "unit": metric, "error": error}
         for task, metric, value, error in found
     ]
     report.print_facts()

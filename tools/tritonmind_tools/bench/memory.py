@@ -18,14 +18,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritonmind.errors import ConfigError
-from tritonmind.random_model import PREFIX, SHAPES
+from tritonmind.random_model import INT4, PREFIX, SHAPES
 from tritonmind_tools.bench.options import add_engine_options, engine_overrides
 from tritonmind_tools.bench.report import (
-    PRECISIONS,
     Progress,
     Report,
     add_output_options,
     positive_numbers,
+    precision,
     print_table,
 )
 
@@ -40,8 +40,10 @@ RELEASE_SECONDS = 20.0
 RELEASED_BYTES = 64 << 20  # what may still be missing then
 BLOCK_SIZE = 64
 MIB = 1 << 20
-INT4 = "int4"
-HEADER = ("model", "weights", "KV", "batch", "context", "MiB", "GB", "loading", "weights", "KV cache", "steps", "other")
+HEADER = (
+    "model", "weights", "KV", "batch", "context", "MiB", "GB", "loading",
+    "weights", "B each", "KV cache", "steps", "other",
+)  # fmt: skip
 STEPS = ("activations", "prompts' pages")  # of the plan's parts, what steps work in
 
 
@@ -62,6 +64,7 @@ class Case(NamedTuple):
 class Row:
     """Memory of one engine, in MiB: `value` its peak; the peak until it was ready; parts of its plan; the rest.
 
+    weight_bytes_each: bytes of each weight in linear layers of the decoder, with their share of scales and zeros.
     steps: what steps work in. other: CUDA context and graphs, of whose reserve in the plan little is used.
     memory_plan: all parts of the plan, bytes.
     """
@@ -79,6 +82,7 @@ class Row:
     kv_cache: float
     steps: float
     other: float
+    weight_bytes_each: float
     memory_plan: dict[str, int]
 
 
@@ -213,13 +217,10 @@ def make_row(case: Case, model: ModelConfig, client: EngineClient, *, peak: int,
     info = client.info
     plan = dict(info.memory_bytes)
     steps = sum(plan.get(name, 0) for name in STEPS)
-    precision = PRECISIONS.get(info.dtype, info.dtype)
-    if model.weight_type == INT4:
-        precision = f"{INT4}-g{model.group_size}"
     return Row(
         workload=case.name,
         shape=shape_name(model),
-        precision=precision + (f"+kv{case.quant_policy}" if case.quant_policy else ""),
+        precision=precision(model, info.dtype, case.quant_policy),
         value=peak / MIB,
         unit="MiB",
         quant_policy=case.quant_policy,
@@ -230,8 +231,28 @@ def make_row(case: Case, model: ModelConfig, client: EngineClient, *, peak: int,
         kv_cache=plan["KV cache"] / MIB,
         steps=steps / MIB,
         other=(peak - plan["weights"] - plan["KV cache"] - steps) / MIB,
+        weight_bytes_each=bytes_of_a_weight(model, info.dtype, info.device),
         memory_plan=plan,
     )
+
+
+def bytes_of_a_weight(model: ModelConfig, dtype: str, device: str) -> float:
+    """What an engine that computes in `dtype` keeps of a linear weight on `device`, mean over the decoder's layers."""
+    import torch
+
+    from tritonmind.config import INT4_PER_WORD
+    from tritonmind.kernels.w4_layout import packed_bytes
+    from tritonmind.tensor_layout import tensor_specs
+
+    if model.weight_type != INT4 or device == "cpu":
+        return float(getattr(torch, dtype).itemsize)
+    num_bytes = num_weights = 0
+    for name, spec in tensor_specs(model, 1, 0).items():
+        if name.endswith(".qweight"):
+            k, n = spec.shape[0], spec.shape[1] * INT4_PER_WORD
+            num_bytes += packed_bytes(n, k, model.group_size)
+            num_weights += n * k
+    return num_bytes / num_weights
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -249,6 +270,7 @@ def print_rows(rows: Sequence[Row]) -> None:
                 f"{row.value * MIB / 1e9:.2f}",
                 f"{row.loading:.0f}",
                 f"{row.weights:.0f}",
+                f"{row.weight_bytes_each:.3f}",
                 f"{row.kv_cache:.0f}",
                 f"{row.steps:.0f}",
                 f"{row.other:.0f}",
