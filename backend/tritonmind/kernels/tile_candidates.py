@@ -19,6 +19,7 @@ LINE_BYTES = 128  # that a prefetch takes
 MAX_PROGRAMS_PER_SM = 6  # of more, partial sums only cost their addition
 MAX_W4_WARPS_PER_SM = 32
 WARP_SIZE = 32
+W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
 
 # Values that go together, one after the other.
@@ -73,9 +74,11 @@ def _fits_w4(kernel: str, card: Card, sizes: Sizes, tile: Tile, limit: int) -> b
     num_warps = -(-sizes["n"] // tile.block_n) * tile.splits * tile.num_warps
     params = 4 * W4_BLOCK_K // sizes["group_size"]
     shared = tile.num_stages * (lines * (W4_BLOCK_K // 2 + params) + ITEMSIZE * tile.block_m * W4_BLOCK_K)
-    # Of what has fewer than 4 bytes a thread the compiler makes reads that the loop waits for.
+    # Of what has fewer than 4 bytes a thread the compiler makes reads that the loop waits for; where rows are many it
+    # has other things to wait for.
     threads = WARP_SIZE * tile.num_warps
-    if shared > limit or lines < threads or ITEMSIZE * W4_SLICE_K * tile.block_m < 4 * threads:
+    few_lines = lines < threads and tile.block_m < W4_MANY_ROWS
+    if shared > limit or few_lines or ITEMSIZE * W4_SLICE_K * tile.block_m < 4 * threads:
         return False
     shares = tile.splits * tile.slices
     return shares == 1 or (shares <= num_blocks and num_warps <= MAX_W4_WARPS_PER_SM * card.num_sms)
@@ -96,20 +99,19 @@ _COLUMNS: Axis = tuple(
 
 
 def _w4_lines(rows: int, gated: bool) -> Axis:
-    """Columns of the tile that is multiplied, and its lines: rows of the weight times slices, 32 or 64 to a warp."""
+    """Columns of the tile that is multiplied, its lines (rows of the weight times slices), and warps for so many."""
     found: list[Mapping[str, Any]] = []
     needed = 1 << (rows - 1).bit_length()
     for slices, lines, warps in itertools.product((1, 2, 4, 8), (32, 64, 128, 256), (1, 2, 4, 8)):
-        block_m = min(max(8, needed * slices), 128)
+        widest = min(max(8, needed * slices), 256)
         # More columns than the narrowest tile has only for what they hold.
-        if slices > 1 and not (8 <= needed * slices <= 32 or block_m == 8):
+        if slices > 1 and not (8 <= needed * slices <= 32 or widest == 8):
             continue
-        few_lines = lines < min(4 * block_m, 128)
-        if few_lines or lines < 32 * slices or lines // warps not in (32, 64) or (lines // warps == 64 and warps < 4):
-            continue
-        block_n = lines // slices // (2 if gated else 1)
-        for width in dict.fromkeys((block_m, min(block_m, 64))):
-            found.append({"block_m": width, "block_n": block_n, "slices": slices, "num_warps": warps})
+        for width in sorted({widest, min(widest, 128), min(widest, 64)}):
+            lines_each = {32} | ({64} if warps >= 4 else set()) | ({16} if width >= W4_MANY_ROWS else set())
+            if lines // warps in lines_each and lines >= max(32 * slices, min(4 * width, 128)):
+                block_n = lines // slices // (2 if gated else 1)
+                found.append({"block_m": width, "block_n": block_n, "slices": slices, "num_warps": warps})
     return tuple(found)
 
 
@@ -117,7 +119,7 @@ def _w4_start(rows: int) -> Tile:
     return Tile(block_m=_block_m(rows), block_n=64, prefetch=2, num_warps=2, num_stages=4 if rows <= 16 else 3)
 
 
-_W4_DEPTH: Wave = (_axis("num_stages", 3, 4, 6), _axis("prefetch", 0, 2, 8))
+_W4_DEPTH: Wave = (_axis("num_stages", 2, 3, 4, 6), _axis("prefetch", 0, 2, 8))
 
 
 def _product_start(rows: int) -> Tile:
