@@ -234,6 +234,17 @@ def test_the_type_to_compute_in() -> None:
     with pytest.raises(ConfigError, match="dtype='fp32': 4-bit weights are multiplied in 16 bits on a GPU; use fp16"):
         device.resolve_dtype(config("int4", "fp32"), CUDA)
 
+    exact = dataclasses.replace(config("fp32", "auto"), lm_head_int8=True)
+    with pytest.raises(ConfigError, match="lm_head_int8=true: an 8-bit head is multiplied in 16 bits; set dtype to"):
+        device.resolve_dtype(exact, CUDA)
+    assert device.resolve_dtype(exact, CPU) == torch.float32  # which has the head as it is stored
+
+
+def test_an_8_bit_head_is_counted_beside_the_other() -> None:
+    config = dataclasses.replace(CONFIG, lm_head_int8=True)
+    assert device.weight_bytes(config, torch.float16, CUDA) == 2 * (NUM_LINEAR + NUM_REST) + 32000 * 4096
+    assert device.weight_bytes(config, torch.float32, CPU) == 4 * (NUM_LINEAR + NUM_REST)
+
 
 def test_weights_are_counted_in_the_type_served() -> None:
     assert device.weight_bytes(CONFIG, torch.float16, CUDA) == 2 * (NUM_LINEAR + NUM_REST) == 13_476_831_232

@@ -16,6 +16,7 @@ from tritonmind.kernels import (
     triton_decode_plan,
     triton_flat_pages,
     triton_gather,
+    triton_int8_linear,
     triton_linear,
     triton_logit_edits,
     triton_logprobs,
@@ -28,6 +29,7 @@ from tritonmind.kernels import (
     tuning,
     w4_layout,
 )
+from tritonmind.kernels.int8_linear import Int8Weight
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
 
@@ -46,6 +48,7 @@ SIZES = {
     "gate_up": [(11008, 4096)],
     "w4_linear": [(4096, 4096, 128), (960, 576, 64), (12288, 4096, 32)],
     "w4_gate_up": [(11008, 4096, 128), (1536, 576, 64)],
+    "int8_linear": [(32000, 4096), (49152, 576)],
     "decode_attention": [
         (128, 4, 64, 2),
         (128, 1, 64, 1),
@@ -109,6 +112,7 @@ def _tiled(card: Card) -> Iterator[Case]:
         "gate_up": _gate_up,
         "w4_linear": _w4_linear,
         "w4_gate_up": _w4_gate_up,
+        "int8_linear": _int8_linear,
         "decode_attention": _decode,
         "prefill_attention": _prefill,
     }
@@ -172,6 +176,13 @@ def _w4_gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile
     weight, x = _packed(2 * n, sizes, dtype, gated=True), torch.empty(rows, sizes["k"], dtype=dtype)
     triton_w4_linear.gate_up(x, weight, torch.empty(rows, n, dtype=dtype), tile)
     triton_w4_linear.dequantize(weight, torch.empty(2 * n, sizes["k"], dtype=dtype))
+
+
+def _int8_linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
+    n, k = sizes["n"], sizes["k"]
+    words = torch.zeros(-(-n // 32), -(-k // 64), 32, 16, dtype=torch.int32)
+    weight = Int8Weight(words, torch.empty(n), n, k)
+    triton_int8_linear.linear(torch.empty(rows, k, dtype=dtype), weight, torch.empty(rows, n, dtype=dtype), tile)
 
 
 def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:

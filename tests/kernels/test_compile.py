@@ -43,6 +43,7 @@ PRODUCT_KERNELS = {
     "_many_rows_kernel",
     "_w4_linear_kernel",
     "_w4_gate_up_kernel",
+    "_int8_linear_kernel",
 }
 # Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
 MAX_STACK = 16
@@ -166,7 +167,7 @@ def product_complaints(report: Report) -> list[str]:
         if has(opcodes, "LDG") and not many_rows:
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
         # The weight is unpacked in registers, and multiplied with from there.
-        if report["kernel"].startswith("_w4_") and has(opcodes, "STS"):
+        if report["kernel"].startswith(("_w4_", "_int8_")) and has(opcodes, "STS"):
             found.append("a loop that writes to shared memory")
         if report["kernel"] == "_decode_int8_kernel" and (not has(opcodes, "PRMT") or has(opcodes, "I2F", "I2FP")):
             found.append("a loop that turns bytes into numbers one by one, not two by two with PRMT")

@@ -20,6 +20,7 @@ CARDS = (H100, Card("NVIDIA A100-SXM4-80GB", (8, 0), 108), Card("NVIDIA L4", (8,
 SIZES = {
     "linear": {"n": 4096, "k": 4096},
     "gate_up": {"n": 11008, "k": 4096},
+    "int8_linear": {"n": 32000, "k": 4096},
     "w4_linear": {"n": 4096, "k": 4096, "group_size": 128},
     "w4_gate_up": {"n": 11008, "k": 4096, "group_size": 64},
     "decode_attention": {"head_dim": 128, "group": 4, "block_size": 64, "itemsize": 2},

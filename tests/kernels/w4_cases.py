@@ -38,8 +38,14 @@ def _halves(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words.astype(np.uint32)).view(np.float16).reshape(*words.shape, 2).astype(np.float32)
 
 
-def run_ptx(text: str, words: np.ndarray, params: np.ndarray) -> np.ndarray:
-    """What the fp16 texts of triton_w4_linear.py compute, each operation rounded as the card does: [.., 2] fp16."""
+def run_ptx(text: str, words: np.ndarray, params: np.ndarray | None = None) -> np.ndarray:
+    """What the fp16 texts of triton_w4_linear.py and triton_int8_linear.py compute, rounded as on a card: [.., 2]."""
+    if params is None:
+        selector = int(text.partition("prmt.b32 t, $2, 0x64646464, ")[2][:6], 16)
+        own = [words.astype(np.uint32) >> (8 * place) & 0xFF for place in range(4)]
+        sources = np.stack([*own, np.full_like(own[0], 0x64)], -1)
+        picked = [sources[..., selector >> (4 * place) & 15].astype(np.uint32) for place in range(4)]
+        return (_halves(sum(byte << (8 * place) for place, byte in enumerate(picked))) - 1152).astype(np.float16)
     is_high = "0x00f000f0" in text
     mask = np.uint32(0x00F000F0 if is_high else 0x000F000F)
     value = _halves((words.astype(np.uint32) & mask) | np.uint32(0x64006400))

@@ -11,7 +11,8 @@ import torch
 
 from tritonmind.errors import ConfigError
 from tritonmind.model_source import open_model
-from tritonmind_tools.bench.kernel_cases import KERNELS, Point, Setting
+from tritonmind_tools.bench.kernel_case import Point, Setting
+from tritonmind_tools.bench.kernel_cases import KERNELS
 from tritonmind_tools.bench.options import engine_overrides, model_path
 from tritonmind_tools.bench.report import precision
 from tritonmind_tools.bench.roofline import weight_bytes

@@ -66,12 +66,18 @@ def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     ConfigError for what cannot be.
     """
     if config.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else DTYPES[config.model.float_type]
-    if device.type == "cpu" and config.dtype == "fp16":
-        raise ConfigError("dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16")
-    if device.type != "cpu" and config.model.weight_type == "int4" and config.dtype == "fp32":
-        raise ConfigError("dtype='fp32': 4-bit weights are multiplied in 16 bits on a GPU; use fp16 or bf16")
-    return DTYPES[config.dtype]
+        dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.float_type]
+    else:
+        dtype = DTYPES[config.dtype]
+    if device.type == "cpu":
+        if dtype == torch.float16:
+            raise ConfigError("dtype='fp16' is slow and inexact on a CPU; use fp32 or bf16")
+    elif dtype == torch.float32:
+        if config.model.weight_type == "int4":
+            raise ConfigError("dtype='fp32': 4-bit weights are multiplied in 16 bits on a GPU; use fp16 or bf16")
+        if config.lm_head_int8:
+            raise ConfigError("lm_head_int8=true: an 8-bit head is multiplied in 16 bits; set dtype to fp16 or bf16")
+    return dtype
 
 
 def free_bytes(device: torch.device) -> int:
@@ -217,8 +223,11 @@ def weight_bytes(config: EngineConfig, dtype: torch.dtype, device: torch.device)
     On a CPU 4-bit weights are dequantised.
     """
     linear, rest = _num_weights(config.model, config.tensor_parallel_size)
+    int8_head = (
+        config.model.vocab_size * config.model.hidden_size if config.lm_head_int8 and device.type != "cpu" else 0
+    )
     if config.model.weight_type != "int4" or device.type == "cpu":
-        return (linear + rest) * dtype.itemsize
+        return (linear + rest) * dtype.itemsize + int8_head
     scratch = 0
     packed = 0
     for name, spec in tensor_specs(config.model, config.tensor_parallel_size, 0).items():
@@ -226,7 +235,7 @@ def weight_bytes(config: EngineConfig, dtype: torch.dtype, device: torch.device)
             k, n = spec.shape[0], spec.shape[1] * INT4_PER_WORD
             packed += packed_bytes(n, k, config.model.group_size)
             scratch = max(scratch, n * k * (2 if ".w1." in name else 1))  # gate and up are one
-    return packed + (scratch + rest) * dtype.itemsize
+    return packed + (scratch + rest) * dtype.itemsize + int8_head
 
 
 def check_memory_for_weights(

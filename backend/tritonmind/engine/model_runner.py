@@ -116,6 +116,7 @@ class ModelRunner:
             max_model_len=config.scheduler.max_model_len,
             dtype=self.dtype,
             device=self.device,
+            lm_head_int8=config.lm_head_int8,
         )
         max_num_seqs = config.scheduler.max_num_seqs
         self._builder = InputBuilder(config, self.device)

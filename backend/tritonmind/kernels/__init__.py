@@ -11,6 +11,7 @@ from tritonmind.kernels.attention import (
 from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.flat_pages import FlatPages, plan_flat_pages
 from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.int8_linear import int8_linear
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.linear import gate_up, linear, product_variants
 from tritonmind.kernels.logit_edits import edit_logits
@@ -47,6 +48,7 @@ __all__ = [
     "gate_up",
     "gather_rows",
     "gumbel_noise",
+    "int8_linear",
     "linear",
     "paged_decode_attention",
     "paged_prefill_attention",

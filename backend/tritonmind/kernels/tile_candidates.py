@@ -19,6 +19,7 @@ LINE_BYTES = 128  # that a prefetch takes
 MAX_PROGRAMS_PER_SM = 6  # of more, partial sums only cost their addition
 MAX_W4_WARPS_PER_SM = 32
 WARP_SIZE = 32
+INT8_BLOCK_K = 64  # of int8_linear.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
 
@@ -58,6 +59,9 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
         return shared <= limit and tile.block_n <= sizes["block_size"]
     if kernel.startswith("w4_"):
         return _fits_w4(kernel, card, sizes, tile, limit)
+    if kernel == "int8_linear":
+        shared = tile.num_stages * (tile.block_n + ITEMSIZE * tile.block_m) * INT8_BLOCK_K
+        return shared <= limit and tile.block_n >= 32
     width = tile.block_n * (2 if kernel == "gate_up" else 1) + tile.block_m
     shared = tile.num_stages * width * tile.block_k * ITEMSIZE
     num_tiles = sizes["k"] // tile.block_k
@@ -96,6 +100,9 @@ def _block_m(rows: int) -> int:
 _COLUMNS: Axis = tuple(
     {"block_n": columns, "num_warps": warps} for columns, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8))
 )
+
+
+_INT8_COLUMNS: Axis = tuple({"block_n": 32 * warps, "num_warps": warps} for warps in (1, 2, 4, 8))
 
 
 def _w4_lines(rows: int, gated: bool) -> Axis:
@@ -142,6 +149,11 @@ SEARCHES = {
         lambda rows: ((_COLUMNS, _axis("splits", 1, 2, 3, 4, 6, 8, 11, 16)), *_depth(rows)),
     ),
     "gate_up": Search(_PRODUCT_ROWS, _product_start, lambda rows: ((_COLUMNS,), *_depth(rows))),
+    "int8_linear": Search(
+        tuple((rows, rows) for rows in (1, 8, 16, 32, 64)),
+        lambda rows: Tile(block_m=_block_m(rows), block_n=128, prefetch=2, num_warps=4, num_stages=5),
+        lambda rows: ((_INT8_COLUMNS, _axis("num_stages", 3, 4, 5, 6)), (_axis("prefetch", 0, 2, 4, 8),)),
+    ),
     "w4_linear": Search(
         _W4_ROWS, _w4_start, lambda rows: ((_w4_lines(rows, False), _axis("splits", 1, 2, 4, 8, 11)), _W4_DEPTH)
     ),

@@ -133,6 +133,12 @@ def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
+def _int8_linear(card: Card, sizes: Sizes) -> Ladder:
+    """Of a head, which has tiles enough; with more rows than these the 16-bit weight is as fast."""
+    tile = Tile(block_n=128, prefetch=2, num_warps=4, num_stages=5)
+    return (*(Step(rows, tile._replace(block_m=rows)) for rows in (8, 16, 32)), Step(UNLIMITED, LIBRARY))
+
+
 def _w4_steps() -> list[Step]:
     """A line of the tile for each thread: of fewer the compiler makes reads that the loop waits for."""
     fewest = Tile(block_m=8, block_n=W4_BLOCK_N, slices=4, prefetch=4, num_warps=4, num_stages=4)
@@ -196,6 +202,9 @@ KERNELS = {
     "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, True, _gate_up),
     "w4_linear": Kernel(_W4_SIZES, (*_W4_FIELDS, "splits"), True, _w4_linear, {"block_n": W4_BLOCK_N}),
     "w4_gate_up": Kernel(_W4_SIZES, _W4_FIELDS, True, _w4_gate_up),
+    "int8_linear": Kernel(
+        ("n", "k"), tuple(name for name in _W4_FIELDS if name != "slices"), True, _int8_linear, {"block_n": W4_BLOCK_N}
+    ),
     "decode_attention": Kernel(
         _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), False, _decode_attention
     ),

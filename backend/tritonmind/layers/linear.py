@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from tritonmind.kernels import gate_up, linear, product_variants, silu_mul
+from tritonmind.kernels import gate_up, int8_linear, linear, product_variants, silu_mul
+from tritonmind.kernels.int8_linear import Int8Weight, int8_tile, quantize_int8
 
 
 class Product(nn.Module):
@@ -114,6 +115,37 @@ class Linear(Product):
             return self._on_cpu(x, add_to, out)
         assert self.weight is not None
         return linear(x, self.weight, self.bias, partial_sums=partial_sums, add_to=add_to, out=out)
+
+
+class Int8Linear(Linear):
+    """A Linear without bias that has its weight in 8 bits as well, for steps of few tokens on a GPU."""
+
+    int8: Int8Weight | None = None
+
+    def finalize(self) -> None:
+        """See Product.finalize."""
+        super().finalize()
+        if self.weight is not None:
+            self.int8 = quantize_int8(self.weight)
+
+    def row_variants(self, max_rows: int) -> list[int]:
+        """See Product.row_variants."""
+        assert self.weight is not None
+        sizes = (self.out_features, self.in_features, max_rows, self.weight.device)
+        return product_variants("int8_linear", *sizes) + super().row_variants(max_rows)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        partial_sums: bool = False,
+        add_to: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See Product.forward."""
+        if self.int8 is None or int8_tile(self.int8, len(x), x.device).is_whole:
+            return super().forward(x, partial_sums=partial_sums, add_to=add_to, out=out)
+        return int8_linear(x, self.int8, out=out)
 
 
 class GatedLinear(Linear):

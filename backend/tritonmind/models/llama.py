@@ -12,7 +12,7 @@ from tritonmind.config import ModelConfig
 from tritonmind.kernels import gather_rows
 from tritonmind.layers.attention import Attention, with_attention_plans
 from tritonmind.layers.int4_linear import Int4GatedLinear, Int4Linear, share_scratch
-from tritonmind.layers.linear import GatedLinear, Linear, Product
+from tritonmind.layers.linear import GatedLinear, Int8Linear, Linear, Product
 from tritonmind.layers.norm import RMSNorm
 from tritonmind.layers.rotary import cos_sin_table
 from tritonmind.model_inputs import KVCache, ModelInputs
@@ -76,7 +76,15 @@ class LlamaForCausalLM(nn.Module):
     cos_sin: torch.Tensor
     tok_embeddings: torch.Tensor
 
-    def __init__(self, config: ModelConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lm_head_int8: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.register_buffer(
@@ -84,7 +92,7 @@ class LlamaForCausalLM(nn.Module):
         )
         self.layers = nn.ModuleList(LlamaLayer(config, dtype, device) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, device=device)
-        self.output = Linear(
+        self.output = (Int8Linear if lm_head_int8 else Linear)(
             config.hidden_size,
             config.vocab_size,
             bias=False,

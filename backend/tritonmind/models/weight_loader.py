@@ -38,13 +38,16 @@ def load_model(
     max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    lm_head_int8: bool = False,
 ) -> LlamaForCausalLM:
     """Build the decoder of `config` on `device` and fill it from (workspace name, tensor) pairs of one rank.
 
     The workspace has checked names, shapes and types against its layout; what is left over or missing here is our bug.
     """
     started = time.monotonic()
-    model = model_class(config.architecture)(config, max_model_len=max_model_len, dtype=dtype, device=device)
+    model = model_class(config.architecture)(
+        config, max_model_len=max_model_len, dtype=dtype, device=device, lm_head_int8=lm_head_int8
+    )
     unfilled = {place.data_ptr() for place in _places(model)}
     with WeightStream(device) as stream:
         for name, tensor in tensors:

@@ -55,13 +55,13 @@ class Kernel(NamedTuple):
     case: Callable[[Setting, Point], Case]
 
     @property
-    def is_int4(self) -> bool:
-        """Whether it multiplies with 4-bit weights."""
-        return self.launcher.startswith("w4_")
+    def weight_precision(self) -> str | None:
+        """Of a weight that is not in the type that is computed in."""
+        return {"w4_linear": "w4", "w4_gate_up": "w4", "int8_linear": "w8"}.get(self.launcher)
 
     def can_run(self, setting: Setting) -> bool:
-        """On a GPU 4-bit weights are multiplied in 16 bits; on a CPU they are dequantised."""
-        return not self.is_int4 or setting.device.type == "cpu" or setting.dtype.itemsize == 2
+        """On a GPU weights of few bits are multiplied in 16; a CPU has none."""
+        return self.weight_precision is None or setting.device.type == "cpu" or setting.dtype.itemsize == 2
 
 
 def kv_precision(name: str) -> str:

@@ -14,8 +14,9 @@ import torch
 
 from tritonmind import kernels
 from tritonmind.kernels.awq_format import AwqWeight
+from tritonmind.kernels.int8_linear import int8_tile
 from tritonmind.layers.int4_linear import Int4GatedLinear, Int4Linear, share_scratch
-from tritonmind.layers.linear import GatedLinear, Linear
+from tritonmind.layers.linear import GatedLinear, Int8Linear, Linear
 from tritonmind_tools.bench.kernel_cache_cases import CACHE_KERNELS
 from tritonmind_tools.bench.kernel_case import (
     BLOCK_SIZE,
@@ -104,6 +105,22 @@ def _gate_up(setting: Setting, point: Point) -> Case:
         return lambda: linear(x)
 
     return Case((2 * k * n + rows * (k + n)) * setting.dtype.itemsize, 4 * rows * k * n, make)
+
+
+def _int8_output(setting: Setting, point: Point) -> Case:
+    rows, k, n = point.num_tokens, setting.shape.hidden_size, setting.shape.vocab_size
+
+    def make() -> Callable[[], object]:
+        linear = Int8Linear(k, n, bias=False, dtype=setting.dtype, device=setting.device)
+        assert linear.weight is not None
+        linear.weight.normal_()
+        linear.finalize()
+        if linear.int8 is not None and not int8_tile(linear.int8, rows, setting.device).is_whole:
+            linear.weight = None  # not read: the memory is for more of them
+        x = random(setting, rows, k)
+        return lambda: linear(x)
+
+    return Case(k * n + 4 * n + rows * (k + n) * setting.dtype.itemsize, 2 * rows * k * n, make)
 
 
 def _int4_bytes(n: int, k: int, shape: Shape) -> float:
@@ -279,6 +296,7 @@ KERNELS = (
     Kernel("wo w4", "w4_linear", True, True, _int4_linear(lambda s: s.hidden_size, lambda s: s.hidden_size)),
     Kernel("w13 w4", "w4_gate_up", True, True, _int4_gate_up),
     Kernel("w2 w4", "w4_linear", True, True, _int4_linear(lambda s: s.intermediate_size, lambda s: s.hidden_size)),
+    Kernel("output int8", "int8_linear", True, False, _int8_output),
     Kernel("sample greedy", "sample_tokens", True, False, _sampling(greedy=True, temperature=0.0)),
     Kernel("sample temperature", "sample_tokens", True, False, _sampling()),
     Kernel("sample top-k top-p", "sample_tokens", True, False, _sampling(top_k=50, top_p=0.9)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import INT4_PRECISION, Report, positive_numbers
+from tritonmind_tools.bench.report import Report, positive_numbers
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _row(
     return Row(
         workload=f"{kernel.name} {point}",
         shape=args.shape,
-        precision=(INT4_PRECISION if kernel.is_int4 else args.dtype) + kv_precision(kernel.name),
+        precision=(kernel.weight_precision or args.dtype) + kv_precision(kernel.name),
         value=seconds * 1e6,
         unit="us",
         roofline_fraction=max(moving, computing) / seconds,

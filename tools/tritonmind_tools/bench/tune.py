@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import INT4_PRECISION, PRECISIONS, Progress, Report, print_table
+from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, print_table
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _measure(
     for task, pick in picks.items():
         work = tune_cases.case(setting, task, tune_cases.point(task))
         fastest = max(work.num_bytes / bandwidth, work.num_flops / rate)
-        precision = INT4_PRECISION if task.is_int4 else PRECISIONS[str(dtype).removeprefix("torch.")]
+        precision = task.weight_precision or PRECISIONS[str(dtype).removeprefix("torch.")]
         precision += kv_precision(task.product)
         rows.append(_row(task, pick, args.shape, precision, work.num_bytes, fastest))
     _print_rows(rows)
@@ -156,7 +156,8 @@ def search(
                 found = [tile for tile in found if tile.splits == 1]
             if not wave and KERNELS[task.kernel].has_whole:
                 found.append(LIBRARY)
-                found += [MANY_ROWS] if not task.is_int4 and takes_many_rows(card, task.named_sizes()) else []
+                if task.weight_precision is None and takes_many_rows(card, task.named_sizes()):
+                    found.append(MANY_ROWS)
             jobs += [(task, tile) for tile in found if tile not in timed[task]]
         if not jobs or is_over():
             return picks

@@ -21,13 +21,14 @@ from tritonmind.kernels import tuning
 from tritonmind.kernels.tile_candidates import SEARCHES
 from tritonmind.kernels.tile_table import KERNELS, Tile
 from tritonmind_tools.bench import kernel_cases
-from tritonmind_tools.bench.kernel_case import BLOCK_SIZE, EPS, KV_SUFFIX, Case, Point, Setting
+from tritonmind_tools.bench.kernel_case import BLOCK_SIZE, EPS, KV_SUFFIX, Case, Kernel, Point, Setting
 from tritonmind_tools.bench.timing import seconds_per_call
 
 # The jit functions behind a kernel's tiles.
 JITTED = {
     "linear": ("triton_linear._linear_kernel",),
     "gate_up": ("triton_linear._gate_up_kernel",),
+    "int8_linear": ("triton_int8_linear._int8_linear_kernel",),
     "w4_linear": ("triton_w4_linear._w4_linear_kernel",),
     "w4_gate_up": ("triton_w4_linear._w4_gate_up_kernel",),
     "decode_attention": ("triton_decode_attention._decode_kernel", "triton_decode_int8._decode_int8_kernel"),
@@ -51,8 +52,9 @@ class Task(NamedTuple):
     rows: int
 
     @property
-    def is_int4(self) -> bool:
-        return self.kernel.startswith("w4_")
+    def weight_precision(self) -> str | None:
+        """Of a weight that is not in the type that is computed in."""
+        return kernel_case(self.product).weight_precision
 
     def named_sizes(self) -> dict[str, int]:
         return dict(zip(KERNELS[self.kernel].sizes, self.sizes, strict=True))
@@ -62,6 +64,7 @@ class Task(NamedTuple):
 PRODUCTS = {
     "linear": ("w_qkv", "wo", "w2", "output"),
     "gate_up": ("w13",),
+    "int8_linear": ("output int8",),
     "w4_linear": ("w_qkv w4", "wo w4", "w2 w4"),
     "w4_gate_up": ("w13 w4",),
     "decode_attention": ("paged_decode_attention", "paged_decode_attention" + KV_SUFFIX),
@@ -86,7 +89,7 @@ def _sizes(setting: Setting, kernel: str, product: str) -> tuple[int, ...]:
         group = shape.num_heads // shape.num_kv_heads
         itemsize = 1 if product.endswith(KV_SUFFIX) else setting.dtype.itemsize
         return shape.head_dim, group, BLOCK_SIZE, itemsize
-    product, _, int4 = product.partition(" ")
+    product, _, bits = product.partition(" ")
     sizes = {
         "w_qkv": (shape.qkv_size, shape.hidden_size),
         "wo": (shape.hidden_size, shape.hidden_size),
@@ -94,7 +97,7 @@ def _sizes(setting: Setting, kernel: str, product: str) -> tuple[int, ...]:
         "output": (shape.vocab_size, shape.hidden_size),
         "w13": (shape.intermediate_size, shape.hidden_size),
     }[product]
-    return (*sizes, shape.group_size) if int4 else sizes
+    return (*sizes, shape.group_size) if bits == "w4" else sizes
 
 
 def point(task: Task) -> Point:
@@ -105,9 +108,15 @@ def point(task: Task) -> Point:
     return Point(task.rows, 1, LONG_CONTEXT if is_long else CONTEXT)
 
 
+def kernel_case(product: str) -> Kernel:
+    """What measures a product."""
+    (kernel,) = (kernel for kernel in kernel_cases.KERNELS if kernel.name == product)
+    return kernel
+
+
 def case(setting: Setting, task: Task, at: Point) -> Case:
     """The task's work at a point, and what takes its partial sums."""
-    (kernel,) = (kernel for kernel in kernel_cases.KERNELS if kernel.name == task.product)
+    kernel = kernel_case(task.product)
     takers = {"w_qkv": _rotary, "wo": _add_norm, "w2": _add_norm}
     work = kernel.case(setting, at)
     product, _, _ = task.product.partition(" ")
