@@ -29,7 +29,7 @@ from tritonmind.kernels import (
     tuning,
     w4_layout,
 )
-from tritonmind.kernels.int8_linear import Int8Weight
+from tritonmind.kernels.int8_layout import Int8Weight
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
 

@@ -10,7 +10,7 @@ from tests.kernels.w4_cases import emulated_ptx
 from tests.tolerances import assert_close
 from tritonmind.kernels import int8_linear, product_variants, reference
 from tritonmind.kernels.dispatch import force_triton
-from tritonmind.kernels.int8_linear import dequantize_int8, quantize_int8
+from tritonmind.kernels.int8_layout import dequantize_int8, quantize_int8
 from tritonmind.kernels.tile_table import Tile
 from tritonmind.layers.linear import Int8Linear
 

@@ -19,7 +19,7 @@ LINE_BYTES = 128  # that a prefetch takes
 MAX_PROGRAMS_PER_SM = 6  # of more, partial sums only cost their addition
 MAX_W4_WARPS_PER_SM = 32
 WARP_SIZE = 32
-INT8_BLOCK_K = 64  # of int8_linear.py
+INT8_BLOCK_K = 64  # of int8_layout.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonmind.kernels.int8_linear import Int8Weight
+from tritonmind.kernels.int8_layout import Int8Weight
 from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
 from tritonmind.kernels.tile_table import Tile
 from tritonmind.kernels.triton_linear import prefetch_lines
@@ -44,7 +44,7 @@ def _unpack(words, PLACE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _int8_linear_kernel(
     x_ptr,  # [num_rows, K]
-    weight_ptr,  # words of int8_linear.py
+    weight_ptr,  # words of int8_layout.py
     scales_ptr,  # [N] fp32
     out_ptr,  # [num_rows, N]
     num_rows,

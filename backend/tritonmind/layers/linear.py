@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tritonmind.kernels import gate_up, int8_linear, linear, product_variants, silu_mul
-from tritonmind.kernels.int8_linear import Int8Weight, int8_tile, quantize_int8
+from tritonmind.kernels.int8_layout import Int8Weight, quantize_int8
+from tritonmind.kernels.int8_linear import int8_tile
 
 
 class Product(nn.Module):
