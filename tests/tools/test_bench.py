@@ -66,7 +66,14 @@ def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("page", "num_commands"), [("gpu.md", 7), ("benchmarks/README.md", 7), ("benchmarks/cpu.md", 1)]
+    ("page", "num_commands"),
+    [
+        ("gpu.md", 7),
+        ("benchmarks/README.md", 7),
+        ("benchmarks/cpu.md", 1),
+        ("benchmarks/accuracy.md", 4),
+        ("benchmarks/memory.md", 2),
+    ],
 )
 def test_commands_of_the_pages_are_understood(page: str, num_commands: int) -> None:
     text = (ROOT / "docs" / page).read_text()
@@ -84,7 +91,7 @@ def test_pages_say_what_the_code_does() -> None:
         main(["bench", "--help"])
     kinds = re.search(r"\n  COMMAND\n((?:    .*\n)+)", help_text.getvalue())
     assert kinds is not None
-    for kind in re.findall(r"^    (\w+)", kinds[1], re.M):
+    for kind in re.findall(r"^    ([\w-]+)", kinds[1], re.M):
         assert f"| `bench {kind}` |" in page, f"docs/benchmarks/README.md does not say what {kind} measures"
     assert f"first {grid.SHORT_MIX} requests of `mix1000`" in page and f"some {grid.STEADY_STEPS} such steps" in page
 
