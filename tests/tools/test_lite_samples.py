@@ -57,6 +57,12 @@ def test_conversations_go_through_the_template_and_long_texts_are_cut(tokenizer_
         draw(tokenizer_dir, TEXTS[:2], seqlen=500)
 
 
+def test_long_conversations_are_as_good_as_many_short_ones(tokenizer_dir: Path) -> None:
+    """A sample takes the beginning of each: what is read of a large dataset must not depend on their ends."""
+    samples = draw(tokenizer_dir, [[{"role": "user", "content": f"{index} " * 2000}] for index in range(100, 200)])
+    assert len({tuple(sample) for sample in samples.tolist()}) == 4
+
+
 def test_named_datasets_come_from_a_file_or_with_leave_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

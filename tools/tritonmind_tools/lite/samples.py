@@ -112,12 +112,16 @@ def draw_samples(
 
 
 def _pool(documents: Iterable[Document], *, num_characters: int, seqlen: int) -> list[Document]:
-    """The first documents with so many characters together, long texts cut at ends of lines."""
+    """The first documents with so many characters together, long texts cut at ends of lines.
+
+    Of one document no more characters count than a sample may have: what is behind them is of no use.
+    """
     pool: list[Document] = []
     for document in documents:
         for piece in _pieces(document, 2 * _CHARACTERS_PER_TOKEN * seqlen):
             pool.append(piece)
-            num_characters -= len(piece) if isinstance(piece, str) else sum(len(turn["content"]) for turn in piece)
+            length = len(piece) if isinstance(piece, str) else sum(len(turn["content"]) for turn in piece)
+            num_characters -= min(length, _CHARACTERS_PER_TOKEN * seqlen)
             if num_characters <= 0:
                 return pool
     return pool
