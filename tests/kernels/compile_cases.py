@@ -106,7 +106,10 @@ def cases(card: Card) -> Iterator[Case]:
 
 
 def _tiled(card: Card) -> Iterator[Case]:
-    """Every tile that dispatch can pick. The type matters little to the code: bf16 at one size, and with a bias."""
+    """Every tile that dispatch can pick, once; at further sizes the first and the last that are picked there.
+
+    The type matters little to the code: bf16 at one size of an architecture's, and with a bias.
+    """
     launches = {
         "linear": _linear,
         "gate_up": _gate_up,
@@ -117,15 +120,18 @@ def _tiled(card: Card) -> Iterator[Case]:
         "prefill_attention": _prefill,
     }
     for kernel, spec in KERNELS.items():
+        seen: set[Tile] = set()
         listed = sorted(tuning.listed(kernel, card))
         for index, sizes in enumerate(listed if card not in ARCHITECTURES else SIZES[kernel]):
             named = dict(zip(spec.sizes, sizes, strict=True))
             picked = tuning.variants(kernel, DEVICE, max_rows=MAX_ROWS, **named)
             picked += [(tile.block_m, tile) for tile in EXTRA_TILES.get(kernel, ()) if index == 0]
-            for rows, tile in picked:
-                if tile.is_whole:
+            for number, (rows, tile) in enumerate(picked):
+                apart_from_splits = tile._replace(splits=1)
+                if tile.is_whole or (apart_from_splits in seen and 0 < number < len(picked) - 1):
                     continue
-                for dtype in (torch.float16, torch.bfloat16)[: 2 if index == 0 else 1]:
+                seen.add(apart_from_splits)
+                for dtype in (torch.float16, torch.bfloat16)[: 2 if index == 0 and card in ARCHITECTURES else 1]:
                     label = " ".join([str(dtype).removeprefix("torch."), *(f"{n}={s}" for n, s in named.items())])
                     yield f"{label} rows={rows}", functools.partial(launches[kernel], named, dtype, rows, tile)
 
@@ -167,7 +173,7 @@ def _w4_linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile)
     parts = torch.empty(tile.splits, rows, n) if tile.splits > 1 else whole
     triton_w4_linear.linear(x, weight, None, parts, tile)
     triton_w4_linear.dequantize(weight, torch.empty(n, sizes["k"], dtype=dtype))
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and tile.block_m <= 16:
         triton_w4_linear.linear(x, weight, torch.empty(n, dtype=dtype), whole, tile._replace(splits=1))
 
 
@@ -190,7 +196,9 @@ def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) ->
     group, head_dim, block_size, itemsize = (sizes[name] for name in ("group", "head_dim", "block_size", "itemsize"))
     num_heads = NUM_KV_HEADS * group
     pool = _pool(sizes, torch.uint8 if itemsize == 1 else dtype)
-    kinds: list[KVScales | None] = [None] if itemsize > 1 else [_token_scales(pool), LAYER_SCALES]
+    kinds: list[KVScales | None] = [None] if itemsize > 1 else [_token_scales(pool)]
+    if itemsize == 1 and head_dim == HEAD_DIM:
+        kinds.append(LAYER_SCALES)
     for num_seqs in (1, rows):
         plan = triton_decode_plan.plan_decode(
             _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, itemsize, 0
