@@ -43,10 +43,15 @@ def calibrated(
 
 
 def run_calibrate(directory: Path, *options: str, chats: str = "chats.json") -> None:
+    assert lite_calibrate(directory, *options, chats=chats) == 0
+
+
+def lite_calibrate(directory: Path, *options: str, chats: str = "chats.json") -> int:
+    """The command's exit code."""
     dataset = write_conversations(directory / chats)
     command = ["lite", "calibrate", "--model", str(directory / "checkpoint"), "--calib_dataset", str(dataset)]
     command += ["--calib_samples", str(SAMPLES), "--calib_seqlen", str(SEQLEN), "--work_dir", str(directory / "work")]
-    assert main([*command, *options]) == 0
+    return main([*command, *options])
 
 
 def hooked_inputs(model: LlamaForCausalLM, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

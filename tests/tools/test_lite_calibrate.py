@@ -14,13 +14,21 @@ from safetensors.torch import load_file
 from tests.checkpoints import LLAMA3_ROPE, make_llama_checkpoint
 from tests.model_configs import LLAMA_2_7B
 from tests.tolerances import assert_close
-from tests.tools.lite_cases import SAMPLES, SEQLEN, calibrated, hooked_inputs, run_calibrate, write_conversations
+from tests.tools.lite_cases import (
+    SAMPLES,
+    SEQLEN,
+    calibrated,
+    hooked_inputs,
+    lite_calibrate,
+    run_calibrate,
+    write_conversations,
+)
 
 from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind_tools.lite import work_dir
 from tritonmind_tools.lite.calibrate import calibrate, host_bytes
 from tritonmind_tools.lite.decoder_layer import DecoderLayer
 from tritonmind_tools.lite.layer_source import LayerSource
-from tritonmind_tools.lite.work_dir import CalibrationState
 
 FILES = ("inputs_stats", "key_stats", "value_stats")
 READERS = {
@@ -144,18 +152,35 @@ def test_seven_billion_parameters_fit_24_gb_of_host_memory() -> None:
     assert host_bytes(LLAMA_2_7B, 128, 2048, "cpu") < 8e9
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["layer-00001", "key_stats"])
+def test_a_full_disk_leaves_what_was_there_and_what_was_done(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calibrated(tmp_path)
     before = read_statistics(tmp_path / "work")
+    write = work_dir._write_bytes
 
-    def full(state: CalibrationState, number: int, statistics: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, data: bytes) -> None:
+        if file in path.name:
+            write(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        write(path, data)
 
-    monkeypatch.setattr(CalibrationState, "save_layer", full)
-    with pytest.raises(AssertionError):
-        run_calibrate(tmp_path, "--seed", "3")
+    monkeypatch.setattr(work_dir, "_write_bytes", full)
+    assert lite_calibrate(tmp_path, "--seed", "3") == 1
+    shown = capsys.readouterr().err
+    assert "No space left on device" in shown and f"{file}.safetensors" in shown
     after = read_statistics(tmp_path / "work")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [".calibration.partial", "calibration"]
+    assert not list((tmp_path / "work").rglob("*.safetensors.*"))
+
+    monkeypatch.setattr(work_dir, "_write_bytes", write)
+    if file == "key_stats":  # all layers were done
+        monkeypatch.delattr(LayerSource, "layer")
+    run_calibrate(tmp_path, "--seed", "3")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["calibration"]
+    assert not torch.equal(read_statistics(tmp_path / "work")["layers.1.key.max"], before["layers.1.key.max"])
 
 
 def run_with(tmp_path: Path, **options: Any) -> None:

@@ -162,6 +162,8 @@ def _run_layers(
 
     num_samples, seqlen = tokens.shape
     num_layers = source.model.num_layers
+    if state.num_done == num_layers:
+        return
     cos_sin = cos_sin_table(source.model, seqlen, device)
     hidden = state.hidden() if state.num_done else source.embed(tokens)
     saved_at = time.monotonic()

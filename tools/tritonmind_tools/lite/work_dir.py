@@ -6,6 +6,7 @@ work_dir/.calibration.partial/   while `calibrate` runs, and after it was killed
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 TOKENS = "tokens"
 INPUTS, KEYS, VALUES = STATISTICS = ("inputs_stats", "key_stats", "value_stats")
 
-_PARTIAL = ".calibration.partial"
+_PARTIAL, _NEW, _REPLACED = ".calibration.partial", ".calibration.new", ".calibration.replaced"
 _HIDDEN = "hidden"
 CALIBRATE_AGAIN = "run `tritonmind lite calibrate` again"
 
@@ -106,6 +107,8 @@ class CalibrationState:
             self._directory.mkdir()
             save_tensors(self._directory / f"{TOKENS}.safetensors", {TOKENS: tokens})
             _write_json(self._directory / MANIFEST, manifest)
+        elif self._layer_path(manifest.model.num_layers - 1).is_file():
+            self.num_done = manifest.model.num_layers  # only to be put into place
         elif hidden := sorted(self._directory.glob(f"{_HIDDEN}-*.safetensors")):
             self.num_done = int(hidden[-1].stem.removeprefix(f"{_HIDDEN}-"))
 
@@ -145,19 +148,23 @@ class CalibrationState:
             for name, tensor in load_file(self._layer_path(number)).items():
                 what = name.split(".", 2)[2].rpartition(".")[0]
                 by_file[{KEY: KEYS, VALUE: VALUES}.get(what, INPUTS)][name] = tensor
-        for kind, tensors in by_file.items():
-            save_tensors(self._directory / f"{kind}.safetensors", tensors)
-        kept = {MANIFEST, *(f"{name}.safetensors" for name in (TOKENS, *STATISTICS))}
-        for path in self._directory.iterdir():
-            if path.name not in kept:
-                path.unlink()
-        replaced = self._work_dir / f"{_PARTIAL}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final = self._work_dir / CALIBRATION
+        new, replaced, final = (self._work_dir / name for name in (_NEW, _REPLACED, CALIBRATION))
+        for leftover in (new, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
+        try:
+            for kind, tensors in by_file.items():
+                save_tensors(new / f"{kind}.safetensors", tensors)
+            for name in (f"{TOKENS}.safetensors", MANIFEST):
+                _atomically(new / name, functools.partial(shutil.copyfile, self._directory / name))
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         if final.exists():
             final.rename(replaced)
-        self._directory.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        new.rename(final)
+        for leftover in (self._directory, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _matches(self) -> bool:
         path = self._directory / MANIFEST
@@ -215,6 +222,10 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a write to a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
