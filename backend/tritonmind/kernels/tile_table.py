@@ -119,7 +119,7 @@ def takes_many_rows(card: Card, sizes: Sizes) -> bool:
 def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
     """A 4-bit weight is so small that few programs cannot read it at the card's speed: they share reductions."""
     steps = []
-    for max_rows, tile in _w4_steps():
+    for max_rows, tile in _w4_steps(card):
         wanted = 4 * card.num_sms // -(-sizes["n"] // tile.block_n)
         # Partial sums grow with the rows, and their addition with them.
         most = max(1, min(wanted, -(-sizes["k"] // W4_BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
@@ -129,7 +129,7 @@ def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
 
 def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
     """SiLU needs whole sums. A program has as many rows of gate as of up."""
-    steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps()]
+    steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps(card)]
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
@@ -139,13 +139,17 @@ def _int8_linear(card: Card, sizes: Sizes) -> Ladder:
     return (*(Step(rows, tile._replace(block_m=rows)) for rows in (8, 16, 32)), Step(UNLIMITED, LIBRARY))
 
 
-def _w4_steps() -> list[Step]:
+def _w4_steps(card: Card) -> list[Step]:
     """A line of the tile for each thread: of fewer the compiler makes reads that the loop waits for."""
     fewest = Tile(block_m=8, block_n=W4_BLOCK_N, slices=4, prefetch=4, num_warps=4, num_stages=4)
-    few = Tile(block_m=8, block_n=64, prefetch=2, num_warps=2, num_stages=4)
+    few = Tile(block_m=16, block_n=64, slices=2, prefetch=4, num_warps=4, num_stages=4)
     many = Tile(block_n=128, prefetch=2, num_warps=4, num_stages=3)
-    steps = [Step(rows, (few if rows == few.block_m else many)._replace(block_m=rows)) for rows in (8, 16, 32, 64)]
-    return [Step(fewest.block_m // fewest.slices, fewest), *steps]
+    steps = [Step(tile.block_m // tile.slices, tile) for tile in (fewest, few)]
+    steps += [Step(rows, many._replace(block_m=rows)) for rows in (16, 32, 64)]
+    if card.capability >= WARP_GROUP_PRODUCTS:
+        # Unpacking for each block of rows again costs less than writing the weight out.
+        steps.append(Step(256, many._replace(block_m=64)))
+    return steps
 
 
 def _decode_attention(card: Card, sizes: Sizes) -> Ladder:
