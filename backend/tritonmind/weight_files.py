@@ -165,7 +165,7 @@ def num_chunks(size: int, chunk_bytes: int) -> int:
     return -(-size // chunk_bytes)
 
 
-def check_chunk(path: Path, entry: FileEntry, chunk_bytes: int, number: int) -> None:
+def check_chunk(path: Path, entry: FileEntry, chunk_bytes: int, number: int, *, remedy: str = CONVERT_AGAIN) -> None:
     """Raise WorkspaceError unless chunk `number` of the file is what the index says."""
     with path.open("rb", buffering=0) as file:
         file.seek(number * chunk_bytes)
@@ -177,8 +177,7 @@ def check_chunk(path: Path, entry: FileEntry, chunk_bytes: int, number: int) -> 
             left -= count
     if left or digest.hexdigest() != entry.sha256[number]:
         raise WorkspaceError(
-            f"{path} was altered or damaged after the conversion, at or after byte {number * chunk_bytes}: "
-            f"{CONVERT_AGAIN}"
+            f"{path} was altered or damaged after it was written, at or after byte {number * chunk_bytes}: {remedy}"
         )
 
 

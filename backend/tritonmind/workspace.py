@@ -43,6 +43,7 @@ CONFIG_INI = "config.ini"
 MODEL_JSON = "model.json"
 
 _VERIFY_THREADS = 8
+_SCALES_AGAIN = "run `tritonmind lite kv_qparams` again"
 
 
 class Workspace:
@@ -124,12 +125,11 @@ class Workspace:
         """
         import torch
 
-        entry = self.index.files.get(KV_SCALES_FILE)
+        entry, path = self.index.files.get(KV_SCALES_FILE), self.weights_dir / KV_SCALES_FILE
         if entry is None:
             return None
-        path = self.weights_dir / KV_SCALES_FILE
         for number in range(len(entry.sha256)):
-            check_chunk(path, entry, self.index.chunk_bytes, number)
+            check_chunk(path, entry, self.index.chunk_bytes, number, remedy=_SCALES_AGAIN)
         specs = kv_scale_specs(self.model, self.index.tensor_parallel_size)[rank]
         return torch.stack([read_tensor(path, spec) for spec in specs])
 
@@ -152,31 +152,32 @@ class Workspace:
         if KV_SCALES_FILE in index.files:
             expected |= {spec.name: spec for specs in kv_scale_specs(self.model, tp) for spec in specs}
         for name in expected.keys() - index.tensors.keys():
-            raise WorkspaceError(f"{where}: tensor {name} is missing: {CONVERT_AGAIN}")
+            raise WorkspaceError(f"{where}: tensor {name} is missing: {_remedy(name)}")
         for name in index.tensors.keys() - expected.keys():
-            raise WorkspaceError(f"{where}: tensor {name} is not one of this model: {CONVERT_AGAIN}")
+            raise WorkspaceError(f"{where}: tensor {name} is not one of this model: {_remedy(name)}")
         for file in sorted({*index.files, *index.tensors.values()}):
             self._check_file(file)
 
     def _check_file(self, file: str) -> None:
-        where, entry = self.weights_dir / INDEX_NAME, self.index.files.get(file)
+        where, entry, remedy = self.weights_dir / INDEX_NAME, self.index.files.get(file), _remedy(file)
         if entry is None or Path(file).name != file:
-            raise WorkspaceError(f"{where}: {file} has no entry under files: {CONVERT_AGAIN}")
+            raise WorkspaceError(f"{where}: {file} has no entry under files: {remedy}")
         if len(entry.sha256) != num_chunks(entry.size, self.index.chunk_bytes):
-            raise WorkspaceError(
-                f"{where}: {file} has {len(entry.sha256)} checksums for {entry.size} bytes: {CONVERT_AGAIN}"
-            )
+            raise WorkspaceError(f"{where}: {file} has {len(entry.sha256)} checksums for {entry.size} bytes: {remedy}")
         try:
             size = (self.weights_dir / file).stat().st_size
         except OSError as error:
-            raise WorkspaceError(
-                f"{self.weights_dir / file} cannot be read ({error.strerror}): {CONVERT_AGAIN}"
-            ) from None
+            raise WorkspaceError(f"{self.weights_dir / file} cannot be read ({error.strerror}): {remedy}") from None
         if size != entry.size:
             raise WorkspaceError(
                 f"{self.weights_dir / file} has {size} bytes, {INDEX_NAME} says {entry.size}: "
-                f"it was truncated or replaced; {CONVERT_AGAIN}"
+                f"it was truncated or replaced; {remedy}"
             )
+
+
+def _remedy(what: str) -> str:
+    """For a tensor or a file of this name."""
+    return _SCALES_AGAIN if what == KV_SCALES_FILE or ".past_kv_scale." in what else CONVERT_AGAIN
 
 
 def is_workspace(path: Path) -> bool:

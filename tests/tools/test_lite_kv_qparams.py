@@ -81,8 +81,13 @@ def test_an_altered_file_is_named(work: Path) -> None:
     workspace = kv_qparams(work / "work", work / "workspace", num_tp=2)
     path = workspace.weights_dir / "kv_scales.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(WorkspaceError, match=r"kv_scales.safetensors was altered"):
+    with pytest.raises(WorkspaceError, match=r"kv_scales.safetensors was altered.*: run `tritonmind lite kv_qparams`"):
         Workspace.open(work / "workspace").kv_scales(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(WorkspaceError, match=r"was truncated or replaced; run `tritonmind lite kv_qparams`"):
+        Workspace.open(work / "workspace")
+    path.write_bytes(whole)
 
 
 def test_what_does_not_fit_is_refused(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
