@@ -197,6 +197,8 @@ def test_what_cannot_be_calibrated_is_named(tmp_path: Path) -> None:
         run_with(tmp_path, num_samples=10_000)
     with pytest.raises(ConfigError, match=r"--calib_seqlen=1024 is more than the model's max_position_embeddings=512"):
         run_with(tmp_path, seqlen=1024)
+    with pytest.raises(ConfigError, match=r"need 13107.2 GB of host memory, \d+\.\d GB are free: lower one of the two"):
+        run_with(tmp_path, num_samples=100_000_000, seqlen=512)
     with pytest.raises(ConfigError, match=r"--calib_samples=0 must be at least 1"):
         run_with(tmp_path, num_samples=0)
     with pytest.raises(ConfigError, match=r"--calib_dataset=c4: name a local copy with --calib_path FILE"):

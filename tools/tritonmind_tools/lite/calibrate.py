@@ -110,10 +110,11 @@ def calibrate(
             f"--calib_seqlen={seqlen} is more than the model's max_position_embeddings="
             f"{source.model.max_position_embeddings}"
         )
+    torch_device = pick_device(device)
+    _check_host_memory(source.model, num_samples, seqlen, torch_device.type)
     tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
     template = load_chat_template(source.tokenizer_dir, tokenizer.special_tokens)
     tokens = draw_samples(documents, tokenizer, template, num_samples=num_samples, seqlen=seqlen, seed=seed)
-    torch_device = pick_device(device)
     manifest = Manifest(
         fingerprint=source.fingerprint(),
         norm_sha256=norm_hashes(source.tensor("norm.weight")),
@@ -145,6 +146,17 @@ def host_bytes(model: ModelConfig, num_samples: int, seqlen: int, device: str) -
     return size * (
         num_samples * seqlen * model.hidden_size + max(2 * layer + (inside if device == "cpu" else 0), table)
     )
+
+
+def _check_host_memory(model: ModelConfig, num_samples: int, seqlen: int, device: str) -> None:
+    from tritonmind.engine.host_memory import available_bytes
+
+    needed, available = host_bytes(model, num_samples, seqlen, device), available_bytes()
+    if needed > available:
+        raise ConfigError(
+            f"--calib_samples={num_samples} of --calib_seqlen={seqlen} need {needed / 1e9:.1f} GB of host memory, "
+            f"{available / 1e9:.1f} GB are free: lower one of the two"
+        )
 
 
 def _run_layers(
