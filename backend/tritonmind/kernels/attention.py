@@ -18,7 +18,7 @@ from tritonmind.kernels.dispatch import (
     check_tensor,
     use_triton,
 )
-from tritonmind.kernels.flat_pages import FlatPages, flatten_pages
+from tritonmind.kernels.flat_pages import FlatPages
 from tritonmind.kernels.kv_quant import KVScales
 
 # Larger heads spill registers in the tiles of the Triton kernels.
@@ -202,13 +202,21 @@ def paged_prefill_attention(
         return triton_prefill_attention.paged_prefill_attention(
             q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_query_len, softmax_scale, out
         )
-    if flat is None or flat.k.dtype != q.dtype:
-        raise ValueError(f"flat is {None if flat is None else flat.k.dtype}, expected pages of {q.dtype} for the group")
+    if flat is None or flat.k.dtype != q.dtype or flat.k.shape[1:] != k_cache.shape[1:]:
+        found = None if flat is None else f"of {flat.k.dtype} {tuple(flat.k.shape)}"
+        raise ValueError(
+            f"flat is {found}, expected pages of {q.dtype} {tuple(k_cache.shape[1:])}; see plan_flat_pages"
+        )
+    from tritonmind.kernels import triton_flat_pages
+
     for group in flat.groups:
-        flatten_pages(k_cache, v_cache, scales, group.blocks, k=flat.k, v=flat.v)
-        tokens = slice(group.first_token, group.end_token)
+        triton_flat_pages.flatten_pages(k_cache, v_cache, scales, group.blocks, flat.k, flat.v)
+        # A step's prompts are one group but for rare ones: its host time is worth a branch.
+        rows, outputs = q, out
+        if len(flat.groups) > 1:
+            rows, outputs = (tensor[group.first_token : group.end_token] for tensor in (q, out))
         triton_prefill_attention.paged_prefill_attention(
-            q[tokens], flat.k, flat.v, group.block_tables, group.cu_seqlens_q,
-            context_lens[group.first_seq : group.end_seq], group.max_query_len, softmax_scale, out[tokens],
+            rows, flat.k, flat.v, group.block_tables, group.cu_seqlens_q, group.context_lens, group.max_query_len,
+            softmax_scale, outputs,
         )  # fmt: skip
     return out

@@ -14,25 +14,23 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, check_ndim, check_tensor, use_triton
-from tritonmind.kernels.kv_quant import KVScales
+from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, check_tensor, use_triton
 
 
 class PromptGroup(NamedTuple):
-    """Sequences first_seq to end_seq of a step's prompts, with queries first_token to end_token, from 0.
+    """Some of a step's prompts one after the other, whose queries are the step's from first_token to end_token.
 
     Page i of the scratch is a copy of blocks[i]. The other tensors are the arguments of paged_prefill_attention for the
     group alone, with the pages of the scratch.
     """
 
-    first_seq: int
-    end_seq: int
     first_token: int
     end_token: int
     max_query_len: int
     blocks: torch.Tensor  # [num_pages] int32
-    block_tables: torch.Tensor  # [end_seq - first_seq, max_blocks] int32
-    cu_seqlens_q: torch.Tensor  # [end_seq - first_seq + 1] int32
+    block_tables: torch.Tensor  # [S, max_blocks] int32
+    cu_seqlens_q: torch.Tensor  # [S + 1] int32
+    context_lens: torch.Tensor  # [S] int32
 
 
 class FlatPages(NamedTuple):
@@ -73,11 +71,12 @@ def plan_flat_pages(
         chosen = lens[first:end]
         end_token = first_token + sum(query_len for query_len, _ in chosen)
         num_pages = sum(-(-context_len // block_size) for _, context_len in chosen)
+        lengths = context_lens[first:end]
         blocks, tables, starts = triton_flat_pages.plan_group(
-            block_tables[first:end], cu_seqlens_q[first : end + 1], context_lens[first:end], block_size, num_pages
+            block_tables[first:end], cu_seqlens_q[first : end + 1], lengths, block_size, num_pages
         )
         longest = max(1, *(query_len for query_len, _ in chosen), 1)
-        groups.append(PromptGroup(first, end, first_token, end_token, longest, blocks, tables, starts))
+        groups.append(PromptGroup(first_token, end_token, longest, blocks, tables, starts, lengths))
         first_token = end_token
     return FlatPages(k, v, groups)
 
@@ -94,23 +93,3 @@ def _groups(num_pages: Sequence[int], capacity: int) -> list[tuple[int, int]]:
             first, used = seq, 0
         used += count
     return [*found, (first, len(num_pages))] if num_pages else found
-
-
-def flatten_pages(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, scales: KVScales, blocks: torch.Tensor, *, k: torch.Tensor,
-    v: torch.Tensor,
-) -> None:  # fmt: skip
-    """Write what blocks [n] int32 of uint8 caches stand for to the first n pages of k and v, in their dtype.
-
-    Raises ValueError for a wrong shape, dtype, device or layout.
-    """
-    check_kv_pools(k_cache, v_cache, torch.uint8, k.device, scales)
-    check_kv_pools(k, v, k.dtype, k.device)
-    check_ndim("blocks", blocks, 1)
-    if k.shape[1:] != k_cache.shape[1:] or len(blocks) > len(k):
-        raise ValueError(
-            f"k has shape {tuple(k.shape)}, expected {(f'{len(blocks)} or more', *k_cache.shape[1:])} as the caches"
-        )
-    from tritonmind.kernels import triton_flat_pages
-
-    triton_flat_pages.flatten_pages(k_cache, v_cache, scales, blocks, k, v)

@@ -37,7 +37,7 @@ MAX_FP16 = tl.constexpr(65504.0)
 @triton.jit(do_not_specialize=["block_table_stride"], do_not_specialize_on_alignment=["block_tables_ptr"])
 def _decode_int8_kernel(
     q_ptr,  # [B, NUM_KV_HEADS * GROUP, HEAD_DIM]
-    k_cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM / 2], pairs of bytes as int16
+    k_cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM] uint8
     v_cache_ptr,
     k_scale,  # of the layer; with SCALES "token": pools [num_blocks, NUM_KV_HEADS, BLOCK_SIZE] fp32
     v_scale,
@@ -89,6 +89,8 @@ def _decode_int8_kernel(
     # Added up across a tile at the end only: a sum of rows has its warps wait for one another.
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     block_table_ptr = block_tables_ptr + seq * block_table_stride
+    k_pairs_ptr = k_cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    v_pairs_ptr = v_cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     for tile in range(first_tile, end_tile):
         start = tile * BLOCK_N
         block = tl.load(block_table_ptr + start // BLOCK_SIZE).to(tl.int64)
@@ -98,7 +100,7 @@ def _decode_int8_kernel(
         mask = used[:, None] if PAIRS == BLOCK_PAIRS else used[:, None] & (pair < PAIRS)[None, :]
         page_element = offset[:, None] * PAIRS + pair[None, :]
         k_even, k_odd = unpack_pairs(
-            tl.load(k_cache_ptr + page_row * PAIRS + page_element, mask=mask, other=0), dtype, ASM
+            tl.load(k_pairs_ptr + page_row * PAIRS + page_element, mask=mask, other=0), dtype, ASM
         )
         # fp32 must not become tf32: the fp32 path is the exact one.
         scores = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
@@ -118,7 +120,7 @@ def _decode_int8_kernel(
             if q_ptr.dtype.element_ty == tl.bfloat16:
                 weights = tl.minimum(weights, MAX_FP16)
         v_even, v_odd = unpack_pairs(
-            tl.load(v_cache_ptr + page_row * PAIRS + page_element, mask=mask, other=0), dtype, ASM
+            tl.load(v_pairs_ptr + page_row * PAIRS + page_element, mask=mask, other=0), dtype, ASM
         )
         weights = weights.to(dtype)
         even = tl.dot(weights, v_even, even * shrink[:, None], input_precision="ieee")
@@ -155,7 +157,7 @@ def launch_int8(
 ) -> None:
     """For triton_decode_attention.paged_decode_attention, which has made the settings that both kernels share."""
     _decode_int8_kernel[grid](
-        q, k_cache.view(torch.int16), v_cache.view(torch.int16), *scale_arguments(scales), block_tables,
+        q, k_cache, v_cache, *scale_arguments(scales), block_tables,
         block_tables.stride(0), plan.pieces, plan.arrivals, plan.partial, plan.lse, out, qk_scale,
         BLOCK_PAIRS=max(MIN_PAIRS, triton.next_power_of_2(q.shape[2] // 2)), SCALES=kind_of(scales),
         ASM=use_asm(), **settings,

@@ -124,7 +124,10 @@ def flatten_pages(
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
-    """Launch on checked arguments; see flat_pages.flatten_pages."""
+    """Write what `blocks` of uint8 caches stand for to the first pages of k and v, in their dtype.
+
+    The arguments are checked: by attention.paged_prefill_attention, and by flat_pages.plan_flat_pages.
+    """
     _, num_kv_heads, block_size, head_dim = k.shape
     block_d = triton.next_power_of_2(head_dim)
     block_n = min(block_size, max(1, BLOCK_ELEMENTS // block_d))
