@@ -25,7 +25,7 @@ GROUPS = (
     (
         "matrix products",
         re.compile(
-            r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|_many_rows_kernel|_w4_dequantize|::(add|b)?mm$",
+            r"gemm|gemv|nvjet|cutlass|splitk|xmma|_linear_kernel|_gate_up_kernel|_many_rows_kernel|_w4_dequantize|::(add|b)?mm_?$",
             re.I,
         ),
     ),
