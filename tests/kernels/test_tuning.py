@@ -231,8 +231,9 @@ def test_many_gated_rows_are_for_hopper() -> None:
 
 def test_forced_tiles_hold_for_a_while() -> None:
     before = linear(1)
-    with tuning.forced("linear", TILE):
+    with tuning.forced("linear", (4096, 4096), TILE):
         assert linear(1) == linear(500) == TILE
+        assert linear(1, k=11008) != TILE  # of other sizes
     assert linear(1) == before
 
 

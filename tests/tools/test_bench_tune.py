@@ -180,6 +180,12 @@ def test_partial_sums_are_taken_by_the_kernel_that_follows(monkeypatch: pytest.M
         with torch.inference_mode():
             tune_cases.case(TINY, task, Point(2, 1, 5)).make()()
     assert followed == ["rotary_kv_write", "add_rms_norm", "add_rms_norm"]
+    followed.clear()
+    # With 4-bit weights in the chain of a layer, whichever of its products is looked at.
+    task = tune_cases.tasks(TINY, ["w4_gate_up"])[0]
+    with torch.inference_mode():
+        tune_cases.case(TINY, task, Point(2, 1, 5)).make()()
+    assert followed == ["rotary_kv_write", "add_rms_norm", "add_rms_norm"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +194,7 @@ def test_partial_sums_are_taken_by_the_kernel_that_follows(monkeypatch: pytest.M
         ("--kernel=gemm", "--kernel='gemm' has no tiles; those that have are linear, gate_up"),
         ("--budget=0", "--budget=0.0 must be a number of seconds above 0"),
         ("--budget=nan", "--budget=nan must be"),
+        ("--max-rows=0", "--max-rows=0 must be at least 1"),
     ],
 )
 def test_tune_refuses_nonsense(option: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:

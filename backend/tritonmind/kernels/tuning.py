@@ -38,7 +38,7 @@ CPU = Card("cpu", (8, 0), 1)
 # Steps of a kernel by its sizes, in the order of Kernel.sizes.
 Entries = dict[str, dict[tuple[int, ...], Ladder]]
 
-_forced: dict[str, Tile] = {}
+_forced: dict[tuple[str, tuple[int, ...]], Tile] = {}
 
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)
@@ -47,23 +47,24 @@ def tile(kernel: str, device: torch.device, /, *, rows: int, **sizes: int) -> Ti
 
     Raises ValueError naming file, kernel and field when the card's file is wrong.
     """
-    if kernel in _forced:
-        return _forced[kernel]
-    for max_rows, found in ladder(kernel, card(device), tuple(map(sizes.__getitem__, KERNELS[kernel].sizes))):
+    ordered = tuple(map(sizes.__getitem__, KERNELS[kernel].sizes))
+    if (kernel, ordered) in _forced:
+        return _forced[kernel, ordered]
+    for max_rows, found in ladder(kernel, card(device), ordered):
         if rows <= max_rows:
             return found
     raise AssertionError(f"{kernel} has no tile for {rows} rows")
 
 
 @contextmanager
-def forced(kernel: str, found: Tile) -> Iterator[None]:
-    """Have `tile` answer `found` for a kernel, whatever the rows and sizes: for measurements."""
-    _forced[kernel] = found
+def forced(kernel: str, sizes: tuple[int, ...], found: Tile) -> Iterator[None]:
+    """Have `tile` answer `found` for a kernel at `sizes`, in the order of Kernel.sizes, for any rows: to measure."""
+    _forced[kernel, sizes] = found
     tile.cache_clear()
     try:
         yield
     finally:
-        del _forced[kernel]
+        del _forced[kernel, sizes]
         tile.cache_clear()
 
 

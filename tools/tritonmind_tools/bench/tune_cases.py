@@ -1,6 +1,7 @@
 """What `tritonmind bench tune` compiles and times: a kernel at the sizes of a model, with what follows it.
 
-A product may leave partial sums to the kernel after it, which then has more to read: the two are timed together.
+A product may leave partial sums to the kernel after it, which then has more to read: the two are timed together, and
+those with 4-bit weights with all of a layer but its attention.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ PRODUCTS = {
 }
 
 
+INT4_PRODUCTS = ("w_qkv w4", "wo w4", "w13 w4", "w2 w4")  # in the order of a layer
+
+
 def tasks(setting: Setting, names: Sequence[str]) -> list[Task]:
     """The searches for these kernels at the sizes of a model; each size once."""
     found: dict[tuple[str, tuple[int, ...], int], Task] = {}
@@ -115,11 +119,26 @@ def kernel_case(product: str) -> Kernel:
 
 
 def case(setting: Setting, task: Task, at: Point) -> Case:
-    """The task's work at a point, and what takes its partial sums."""
-    kernel = kernel_case(task.product)
+    """The task's work at a point, and what takes its partial sums.
+
+    A product with 4-bit weights takes so little that what kernels fetch before others have ended is much of it: it is
+    timed in a layer, with the others of it.
+    """
+    if task.product not in INT4_PRODUCTS:
+        return _with_taker(setting, task.product, at)
+    parts = [_with_taker(setting, product, at) for product in INT4_PRODUCTS]
+
+    def make() -> Callable[[], object]:
+        calls = [part.make() for part in parts]
+        return lambda: [call() for call in calls]
+
+    return Case(sum(part.num_bytes for part in parts), sum(part.num_flops for part in parts), make)
+
+
+def _with_taker(setting: Setting, name: str, at: Point) -> Case:
     takers = {"w_qkv": _rotary, "wo": _add_norm, "w2": _add_norm}
-    work = kernel.case(setting, at)
-    product, _, _ = task.product.partition(" ")
+    work = kernel_case(name).case(setting, at)
+    product, _, _ = name.partition(" ")
     return takers[product](setting, at.num_tokens, work) if product in takers else work
 
 
@@ -162,7 +181,7 @@ def seconds(setting: Setting, task: Task, tile: Tile) -> float:
     """Time of the task's work with a tile; infinite where the card refuses it."""
     work = case(setting, task, point(task))
     try:
-        with tuning.forced(task.kernel, tile), torch.inference_mode():
+        with tuning.forced(task.kernel, task.sizes, tile), torch.inference_mode():
             return seconds_per_call(work.make, work.num_bytes, setting.device)
     except Exception as error:
         if not refused(error):
@@ -220,7 +239,7 @@ def _stack_bytes(task: Task, tile: Tile) -> float:
     """Of the task's kernel, launched for one row or sequence; infinite where the tile is refused."""
     work, before = case(_setting, task, Point(1, 1, CONTEXT)), _variants(task.kernel)
     try:
-        with tuning.forced(task.kernel, tile), torch.inference_mode():
+        with tuning.forced(task.kernel, task.sizes, tile), torch.inference_mode():
             work.make()()
             torch.cuda.synchronize()
     except Exception as error:
