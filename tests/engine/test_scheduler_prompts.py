@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.driver import Driver, request
-from tritonmind.engine.scheduler import TILE_TOKENS
+from tritonmind.engine.scheduler import MANY_DECODES, MAX_HELD_STEPS, MIN_SHARED_TOKENS
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -71,33 +71,80 @@ def test_prompts_come_in_turn_unless_one_is_long() -> None:
         assert driver.tokens[number], "a prompt behind it took of its step"
 
 
-@pytest.mark.parametrize("num_decodes", [127, 128, 140, 255])
-@pytest.mark.parametrize("lengths", [[200], [300, 40], [40, 300], [150, 150, 150], [100, 90]], ids=str)
-def test_a_step_of_many_decodes_fills_whole_tiles(num_decodes: int, lengths: list[int]) -> None:
-    """What is beyond them comes a step later, never more; a prompt without a tile to spare is not held up."""
+def _many_decodes(num_decodes: int, *, depth: int = 0) -> Driver:
+    """One in which so many sequences decode, with slots for some more."""
     driver = Driver(
-        num_blocks=600, depth=0, max_num_seqs=num_decodes + len(lengths), budget=4096, max_model_len=600, block_size=64
+        num_blocks=900, depth=depth, max_num_seqs=num_decodes + 8, budget=4096, max_model_len=3000, block_size=64
     )
     for number in range(num_decodes):
         driver.scheduler.add(request(number, [number], 40))
-    driver.step()
+    for _ in range(1 + depth):
+        driver.step()
     assert len(driver.scheduler.decoding) == num_decodes
+    return driver
+
+
+def _steps_until_first(driver: Driver, request_id: int) -> int:
+    """Steps until the request has a token; in each of them every decode has one."""
+    num_steps = 0
+    while not driver.tokens[request_id]:
+        before = {seq.request_id: len(driver.tokens[seq.request_id]) for seq in driver.scheduler.decoding}
+        driver.step()
+        num_steps += 1
+        assert all(len(driver.tokens[known]) == count + 1 for known, count in before.items()), "a decode stood still"
+    return num_steps
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    ("num_decodes", "lengths", "num_held"),
+    [
+        (MANY_DECODES - 1, [100], 0),  # few decodes: at once
+        (MANY_DECODES, [100], MAX_HELD_STEPS),
+        (MANY_DECODES, [1, 100, 300], MAX_HELD_STEPS),
+        (MANY_DECODES, [MIN_SHARED_TOKENS - 100, 100], 0),  # together enough
+        (MANY_DECODES, [2500], 0),
+    ],
+    ids=str,
+)
+def test_beside_many_decodes_few_tokens_wait_for_others(
+    num_decodes: int, lengths: list[int], num_held: int, depth: int
+) -> None:
+    driver = _many_decodes(num_decodes, depth=depth)
     for number, length in enumerate(lengths):
-        driver.scheduler.add(request(1000 + number, [number, 1] * (length // 2), 40))
-    output = driver.scheduler.schedule()
-    chunks = [item.num_new_tokens for item in output.prefills]
-    excess = (num_decodes + sum(lengths)) % TILE_TOKENS
-    if num_decodes < TILE_TOKENS or not any(length - excess >= TILE_TOKENS for length in lengths):
-        assert chunks == lengths
-        return
-    assert output.num_tokens % TILE_TOKENS == 0
-    assert sum(lengths) - sum(chunks) == excess
-    assert sum(chunk != length for chunk, length in zip(chunks, lengths, strict=True)) <= 1
-    driver.scheduler.check_integrity()
-    handle = driver.executor.execute(output)
-    driver.take(driver.scheduler.update(output, *handle.wait()))
+        driver.scheduler.add(request(1000 + number, [number] * length, 40))
+    assert _steps_until_first(driver, 1000) == num_held + 1 + depth
+    assert all(driver.tokens[1000 + number] for number in range(len(lengths))), "they did not share a step"
+    driver.run()
+
+
+def test_prompts_that_come_later_share_the_step_that_others_wait_for() -> None:
+    driver = _many_decodes(MANY_DECODES)
+    driver.scheduler.add(request(1000, [7] * 50, 40))
     driver.step()
-    assert all(driver.tokens[1000 + number] for number in range(len(lengths))), "later than by one step"
+    driver.scheduler.add(request(1001, [8] * 50, 40))
+    assert _steps_until_first(driver, 1001) == MAX_HELD_STEPS
+    assert len(driver.tokens[1000]) == 1, "each had a step of its own"
+    # What comes after them waits as long again, but for enough of others.
+    driver.scheduler.add(request(1002, [9] * 50, 40))
+    driver.step()
+    assert not driver.tokens[1002]
+    driver.scheduler.add(request(1003, [10] * MIN_SHARED_TOKENS, 40))
+    assert _steps_until_first(driver, 1002) == 1
+    driver.run()
+
+
+def test_without_a_free_slot_nothing_is_held_back_for_long() -> None:
+    """Steps in which nothing could come do not count, and the first that can come waits for the usual time."""
+    driver = _many_decodes(MANY_DECODES)
+    for number in range(8):
+        driver.scheduler.add(request(1000 + number, [number] * 200, 3))
+    _steps_until_first(driver, 1007)
+    driver.scheduler.add(request(2000, [9] * 50, 2))
+    while len(driver.scheduler.running) == MANY_DECODES + 8:
+        driver.step()
+        assert not driver.tokens[2000]
+    assert _steps_until_first(driver, 2000) <= MAX_HELD_STEPS + 1
     driver.run()
 
 

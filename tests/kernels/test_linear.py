@@ -98,7 +98,7 @@ def test_many_rows(size: tuple[int, int, int], gpu_target: Target) -> None:
     assert_close(gated, reference.gate_up(x.float(), weight.float()), gpu_target.dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 513])
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 1025])
 def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
     """The card's own tiles, and the library where it has none."""
     for n, k in ((4096, 4096), (12288, 4096), (4096, 11008), (100, 72), (64, 44)):

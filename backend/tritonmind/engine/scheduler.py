@@ -8,7 +8,8 @@ Order of one `schedule()`:
  3. waiting sequences are admitted while slots, blocks and budget last: lower priority numbers first, and first come,
     first served among equals;
  4. long prompts get what is left, and half of it was kept for them: neither they nor those behind them starve;
- 5. beside many decodes, a chunk leaves the tokens beyond whole tiles of the matrix products to the next step.
+ 5. beside many decodes, few tokens of prompts wait a few steps for others to share one with: until then 2 to 4 do not
+    happen.
 A sequence that cannot get a block takes it from the running sequence of the highest priority number, among equals the
 most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
 recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
@@ -32,7 +33,8 @@ from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
 from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
 
-TILE_TOKENS = 128  # rows of a tile in large matrix products on a GPU
+# Beside so many decodes, prompts of fewer tokens than MIN_SHARED_TOKENS together wait MAX_HELD_STEPS steps for others.
+MANY_DECODES, MIN_SHARED_TOKENS, MAX_HELD_STEPS = 128, 1024, 3
 
 _NOTHING = itertools.repeat(None)
 
@@ -86,6 +88,7 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._stop_ids: Counter[int] = Counter()  # how many live sequences end at each id
         self._num_ended = 0
+        self._num_held_steps = 0
         self._num_arrivals = 0
         self._num_admissions = 0
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -212,6 +215,8 @@ class Scheduler:
 
     def _choose_prefills(self, prefills: list[ScheduledSequence], *, may_admit: bool) -> None:
         """Chunks of prompts from what the decodes leave of the step's budget, appended to `prefills`."""
+        if self._holds_back():
+            return
         step_size = self.config.max_num_batched_tokens
         budget = step_size - len(self._decoding)
         long = [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens > step_size]
@@ -222,24 +227,18 @@ class Scheduler:
             budget -= self._admit(budget - kept, prefills)
         for seq in long:
             budget -= self._take_chunk(seq, budget, prefills)
-        self._round_off(prefills)
 
-    def _round_off(self, prefills: list[ScheduledSequence]) -> None:
-        """Leave what is beyond whole tiles of tokens to the next step, where many sequences wait for this one.
+    def _holds_back(self) -> bool:
+        """Whether few tokens of prompts wait for others to share a step with, beside many decodes.
 
-        Large products take as long for a tile with few tokens as for a full one. A chunk keeps a tile at least, so
-        that its prompt gets on.
+        A step with prompts is launched kernel by kernel: beside many decodes that takes the host longer than the card.
         """
-        num_decodes = len(self._decoding)
-        excess = (num_decodes + sum(item.num_new_tokens for item in prefills)) % TILE_TOKENS
-        if num_decodes < TILE_TOKENS or not excess:
-            return
-        for index, (seq, start, num_new, samples) in reversed(list(enumerate(prefills))):
-            if num_new - excess >= TILE_TOKENS:
-                seq.num_computed_tokens -= excess
-                seq.num_tokens -= samples
-                prefills[index] = ScheduledSequence(seq, start, num_new - excess, False)
-                return
+        coming = itertools.chain(self._prefilling, itertools.islice(self.waiting, len(self._free_slots)))
+        num_tokens = sum(seq.num_tokens - seq.num_computed_tokens for seq in coming)
+        are_few = len(self._decoding) >= MANY_DECODES and 0 < num_tokens < MIN_SHARED_TOKENS
+        holds = are_few and self._num_held_steps < MAX_HELD_STEPS
+        self._num_held_steps = self._num_held_steps + 1 if holds else 0
+        return holds
 
     def _admit(self, budget: int, prefills: list[ScheduledSequence]) -> int:
         """Start waiting sequences with chunks of at most `budget` tokens together. Returns how many they take."""

@@ -18,8 +18,9 @@ W4_BLOCK_N, W4_BLOCK_K = 32, 128  # of w4_layout.py
 # Of gluon_prefill_attention.py, which keeps one program on an SM: short runs would leave it idle between their blocks.
 LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
 MIN_LONG_RUN = 1536
-# Rows up to which the library is faster than gluon_linear.py, whose large tiles would leave most of the card idle.
-GATE_UP_LIBRARY_ROWS = 256
+# Rows up to which the library serves gate and up: gluon_linear.py's large tiles leave much of the card idle below 400
+# rows, gain a few percent up to here, and take the host longer to launch, which counts where decodes wait.
+GATE_UP_LIBRARY_ROWS = 1024
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
