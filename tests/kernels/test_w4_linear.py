@@ -14,7 +14,6 @@ from tritonmind.kernels import reference, w4_gate_up, w4_linear
 from tritonmind.kernels.awq_format import dequantize
 from tritonmind.kernels.dispatch import force_triton
 from tritonmind.kernels.tile_table import LIBRARY, Tile
-from tritonmind.kernels.tuning import tile as tuned_tile
 from tritonmind.kernels.w4_layout import pack, packed_bytes, unpack
 
 __all__ = ["emulated_ptx"]
@@ -69,13 +68,10 @@ def check_gate_up(rows: int, weight: Weight, tile: Tile | None, target: Target) 
     packed = weight.packed
     x, out = target.randn(rows, packed.k), poisoned(rows, packed.n // 2, target)
     assert w4_gate_up(x, packed, tile=None if tile is None else tile._replace(splits=1), out=out) is out
-    if tile == LIBRARY or not target.triton:
-        # Gate and up are rounded, and so is the weight: their product may be far from what it would be in fp32.
-        halves = reference.linear(x.float(), weight.dense.to(target.dtype).float()).to(target.dtype)
-        expected = reference.silu_mul(halves.float())
-    else:
-        expected = reference.gate_up(x.float(), weight.dense)
-    assert_close(out, expected, target.dtype)
+    expected = reference.gate_up(x.float(), weight.dense)
+    # A product of two has elements of many times the mean, whose own rounding would count: those by their own size.
+    size = 1 + expected.abs() / expected.square().mean().sqrt()
+    assert_close(out / size, expected / size, target.dtype)
 
 
 @pytest.mark.parametrize(("size", "tile"), CASES, ids=str)
@@ -128,9 +124,7 @@ def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
         expected = reference.linear(x.float(), weight.dense)
         assert_close(y.float().sum(0) if y.dim() == 3 else y, expected, gpu_target.dtype)
         weight = random_weight(n, k, group_size, gpu_target, gated=True)
-        device = torch.device("cuda", torch.cuda.current_device())
-        chosen = tuned_tile("w4_gate_up", device, rows=rows, n=n, k=k, group_size=group_size)
-        check_gate_up(rows, weight, LIBRARY if chosen.is_whole else None, gpu_target)
+        check_gate_up(rows, weight, None, gpu_target)
 
 
 def test_row_does_not_depend_on_the_batch(target: Target) -> None:

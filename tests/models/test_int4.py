@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from tests.models.test_llama import prompt_logits
 from tritonmind.config import EngineConfig
-from tritonmind.engine.llm import LLM
+from tritonmind.engine.launch import start_engine
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.kernels.awq_format import AwqWeight, dequantize
+from tritonmind.messages import TokenOutput
 from tritonmind.model_source import open_model
 from tritonmind.random_model import RandomModel
-from tritonmind.sampling_params import SamplingParams
+from tritonmind_tools.bench.rounds import greedy_request
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "cache_max_entry_count": 16, "num_threads": 1}
 
@@ -57,39 +59,64 @@ def test_logits_are_those_of_the_dequantized_weights() -> None:
     assert not any(kind in name for name in runners[0].model.state_dict() for kind in AwqWeight._fields)
 
 
+def greedy_answers(name: str, prompts: list[list[int]], max_tokens: int, **options: object) -> list[list[int]]:
+    """From an engine in this process, all prompts at once. Nothing is compiled once it is ready."""
+    client = start_engine(name, {**OPTIONS, **options}, in_process=True)
+    outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+    answers: list[list[int]] = [[] for _ in prompts]
+    try:
+        for number, prompt in enumerate(prompts):
+            client.submit(greedy_request(number, prompt, max_tokens), outputs.put)
+        while any(len(answer) < max_tokens for answer in answers):
+            output = outputs.get(timeout=120)
+            assert output.finish_reason in (None, "length"), output
+            answers[output.request_id] += output.token_ids
+        assert client.stats().num_jit_compiles == 0
+        client.check_integrity()
+    finally:
+        client.shutdown()
+    return answers
+
+
+def check_greedy(name: str, prompts: list[list[int]], answers: list[list[int]], tolerance: float) -> None:
+    """Each token must be the choice of the dequantised weights after the tokens before it.
+
+    tolerance: how far its logit may be below the largest, in standard deviations of all.
+    """
+    dense = Dequantized(RandomModel(name))
+    runner = ModelRunner(dense, dense.engine_config(device="cpu", **OPTIONS))  # type: ignore[arg-type]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = prompt_logits(runner, prompt + answer)[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+        assert (logits.max(dim=1).values - chosen).max() <= tolerance * logits.std()
+
+
+def test_greedy_answers_on_a_cpu() -> None:
+    name = "random:tiny:int4"
+    prompts = [torch.randint(3, 320, (length,)).tolist() for length in (1, 17, 70)]
+    check_greedy(name, prompts, greedy_answers(name, prompts, 5, device="cpu"), 1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_each_greedy_token_is_that_of_the_dequantized_weights(dtype: str, enforce_eager: bool) -> None:
-    """In graphs and out of them, alone and in batches, with prompts of many lengths; nothing is compiled when ready."""
-    source = RandomModel("random:llama-150m:int4")
-    dense = Dequantized(source)
+def test_greedy_answers_on_a_gpu(dtype: str, enforce_eager: bool) -> None:
+    """In graphs and out of them, alone and in batches, with prompts of many lengths."""
+    name = "random:llama-150m:int4"
     prompts = [torch.randint(3, 32000, (length,)).tolist() for length in (1, 2, 17, 64, 65, 200, 700)]
-    options = {**OPTIONS, "max_num_seqs": 5, "cache_max_entry_count": 100, "max_num_batched_tokens": 512}
-    with LLM("random:llama-150m:int4", in_process=True, dtype=dtype, enforce_eager=enforce_eager, **options) as llm:
-        answers = llm.generate(prompts, SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
-        assert llm.engine.stats().num_jit_compiles == 0
-    runner = ModelRunner(dense, dense.engine_config(device="cpu", **OPTIONS))  # type: ignore[arg-type]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits = prompt_logits(runner, prompt + answer.token_ids)[len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
-        spread = logits.std()
-        assert (logits.max(dim=1).values - chosen).max() < {"fp16": 0.05, "bf16": 0.4}[dtype] * spread
+    options: dict[str, object] = {"max_num_seqs": 5, "cache_max_entry_count": 100, "max_num_batched_tokens": 512}
+    answers = greedy_answers(name, prompts, 40, dtype=dtype, enforce_eager=enforce_eager, **options)
+    check_greedy(name, prompts, answers, {"fp16": 0.05, "bf16": 0.4}[dtype])
 
 
 @pytest.mark.gpu
 def test_memory_is_that_of_the_plan() -> None:
     """What was loaded is gone once it is repacked."""
     before = torch.cuda.memory_allocated()
-    runner = ModelRunner(open_model("random:llama-150m:int4"), _small())
-    layers = sum(
-        weight.num_bytes
-        for layer in runner.model.layers
-        for weight in (layer.w13.packed, layer.w2.packed)  # type: ignore[union-attr]
-    )
-    assert 0.53 < layers / (16 * 3 * 768 * 2048) < 0.54
+    source = open_model("random:llama-150m:int4")
+    options = {**OPTIONS, "enforce_eager": True, "max_num_batched_tokens": 512}
+    runner = ModelRunner(source, source.engine_config(**options))
+    packed = [weight for layer in runner.model.layers for weight in (layer.w13.packed, layer.w2.packed)]
+    num_bytes = sum(weight.num_bytes for weight in packed)  # type: ignore[union-attr]
+    assert 0.53 < num_bytes / (16 * 3 * 768 * 2048) < 0.54
     assert torch.cuda.memory_allocated() - before < runner.memory_plan.weights_bytes + (200 << 20)
-
-
-def _small() -> EngineConfig:
-    return open_model("random:llama-150m:int4").engine_config(**{**OPTIONS, "enforce_eager": True})

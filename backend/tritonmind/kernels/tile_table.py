@@ -149,7 +149,7 @@ def _w4_steps(card: Card) -> list[Step]:
     steps += [Step(rows, many._replace(block_m=rows)) for rows in (16, 32, 64)]
     if card.capability >= WARP_GROUP_PRODUCTS:
         # Unpacking for each block of rows again costs less than writing the weight out.
-        steps.append(Step(256, many._replace(block_m=64)))
+        steps.append(Step(384, many._replace(block_m=64)))
     return steps
 
 
