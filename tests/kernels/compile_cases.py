@@ -29,6 +29,7 @@ from tritonmind.kernels import (
     tuning,
     w4_layout,
 )
+from tritonmind.kernels.flat_pages import FlatPages
 from tritonmind.kernels.int8_layout import Int8Weight
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
@@ -226,12 +227,14 @@ def _layer(dtype: torch.dtype, splits: int) -> None:
     triton_norm.rms_norm(x, hidden, hidden[0], 1e-5, hidden)
     pool, ints = _pool({"block_size": BLOCK_SIZE, "head_dim": HEAD_DIM}, dtype), _ints(NUM_SEQS)
     pages = _pool({"block_size": BLOCK_SIZE, "head_dim": HEAD_DIM}, torch.uint8)
-    triton_flat_pages.plan_group(_ints(8).view(4, 2), _ints(5), ints, BLOCK_SIZE, 8)
+    triton_flat_pages.plan_group(_ints(8).view(4, 2), _ints(5), ints, ints, BLOCK_SIZE, 8, True)
     for scales in (None, _token_scales(pages), LAYER_SCALES):
         cache = pool if scales is None else pages
-        triton_rotary.rotary_kv_write(qkv, torch.empty(16, HEAD_DIM), ints.long(), ints, cache, cache, scales, q)
+        for flat in (None,) if scales is None else (None, FlatPages(pool, pool, [], ints[:2])):
+            angles = torch.empty(16, HEAD_DIM)
+            triton_rotary.rotary_kv_write(qkv, angles, ints.long(), ints, cache, cache, scales, flat, q)
         if scales is not None:
-            triton_flat_pages.flatten_pages(pages, pages, scales, ints, pool, pool)
+            triton_flat_pages.flatten_pages(pages, pages, scales, ints, ints, pool, pool)
     triton_activation.silu_mul(torch.empty(NUM_SEQS, 2 * HIDDEN, dtype=dtype), hidden)
     triton_gather.gather_rows(hidden, ints.long(), hidden)
 

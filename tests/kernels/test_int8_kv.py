@@ -212,6 +212,55 @@ def test_prefill(kind: str, capacity: int, target: Target) -> None:
     check_prefill((4, 2, 64), [5, 20, 0, 13], [5, 60, 3, 45], kind, target, block_size=16, capacity=capacity)
 
 
+def check_written_prefill(
+    heads: tuple[int, int, int], query_lens: list[int], context_lens: list[int], kind: str, target: Target, *,
+    block_size: int, capacity: int,
+) -> None:  # fmt: skip
+    """As a step does it: two decodes and these prompts are written, to the scratch too, and the prompts attended to."""
+    num_heads, num_kv_heads, head_dim = heads
+    pages, scales = int8_pages(
+        make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target),
+        kind,
+    )
+    k_cache, v_cache, block_tables, lengths = pages
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32).to(target.device)
+    shape = (capacity, *k_cache.shape[1:])
+    scratch = [torch.full(shape, float("nan"), dtype=target.dtype, device=target.device) for _ in range(2)]
+    lens = list(zip(query_lens, context_lens, strict=True))
+    flat = plan_flat_pages(*scratch, block_tables, starts, lengths, lens=lens, written=True)
+    positions = [0, 0, *(ctx - count + i for count, ctx in lens for i in range(count))]
+    tables = block_tables.cpu()
+    slots = [-1, -1]
+    for row, (count, ctx) in enumerate(lens):
+        for i in range(ctx - count, ctx):
+            slots.append(int(tables[row, i // block_size]) * block_size + i % block_size)
+    angles = torch.rand(max(context_lens), head_dim // 2) * 6
+    q = rotary_kv_write(
+        target.randn(len(slots), (num_heads + 2 * num_kv_heads) * head_dim),
+        torch.cat((angles.cos(), angles.sin()), dim=1).to(target.device),
+        torch.tensor(positions, device=target.device), torch.tensor(slots, dtype=torch.int32, device=target.device),
+        k_cache, v_cache, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scales=scales, flat=flat,
+    )[2:]  # fmt: skip
+    out = paged_prefill_attention(
+        q, k_cache, v_cache, block_tables, starts, lengths, max_query_len=max(query_lens), softmax_scale=0.125,
+        scales=scales, flat=flat,
+    )  # fmt: skip
+    expected = reference.paged_prefill_attention(
+        q.cpu().float(), k_cache.cpu(), v_cache.cpu(), block_tables.cpu(), starts.cpu(), lengths.cpu(),
+        softmax_scale=0.125, scales=on_cpu(scales),
+    )  # fmt: skip
+    assert_close(out, expected, target.dtype)
+
+
+@pytest.mark.parametrize("capacity", [9, 4], ids=["one group", "groups"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_prefill(kind: str, capacity: int, target: Target) -> None:
+    """A whole prompt, one after whole pages, one after part of a page, an empty one."""
+    if not target.triton:
+        pytest.skip("the CPU path has no scratch")
+    check_written_prefill((4, 2, 64), [20, 13, 0, 9], [20, 45, 3, 40], kind, target, block_size=16, capacity=capacity)
+
+
 def test_prefill_of_odd_heads(target: Target) -> None:
     check_prefill((4, 1, 80), [5, 13], [5, 45], "token", target, block_size=16, capacity=4)
 
@@ -225,6 +274,7 @@ def test_large_prefill(kind: str, heads: tuple[int, int, int], block_size: int, 
     for capacity in (60, 28):
         check_prefill(heads, query_lens, context_lens, kind, gpu_target, block_size=block_size, capacity=capacity)
     check_prefill(heads, [1700, 16], [2750, 77], kind, gpu_target, block_size=block_size, capacity=43)
+    check_written_prefill(heads, [100, 1700, 16], [100, 2750, 77], kind, gpu_target, block_size=block_size, capacity=50)
 
 
 def test_a_sequence_larger_than_the_scratch_is_refused(target: Target) -> None:

@@ -166,14 +166,18 @@ class InputBuilder:
             prefill_lens=[(item.num_new_tokens, item.start + item.num_new_tokens) for item in prefills],
         )
 
-    def stage_padding(self, num_decodes: int, prefill_lens: list[int]) -> Step:
-        """Send a step of padding for a warm-up: it reads block 0, writes no K and V, and samples for nobody."""
+    def stage_padding(self, num_decodes: int, prefill_lens: list[int], *, num_earlier: int = 0) -> Step:
+        """Send a step of padding for a warm-up: it reads block 0, writes no K and V, and samples for nobody.
+
+        num_earlier: tokens that each prompt has before the step's.
+        """
         num_prefills = len(prefill_lens)
         num_seqs = num_decodes + num_prefills
-        assert max(prefill_lens, default=0) <= self.max_blocks * self._block_size, "a chunk longer than a block table"
+        contexts = [length + num_earlier for length in prefill_lens]
+        assert max(contexts, default=0) <= self.max_blocks * self._block_size, "a chunk longer than a block table"
         head = self._staging.begin()
         if num_prefills:
-            head.context_lens[:num_seqs] = [1] * num_decodes + prefill_lens
+            head.context_lens[:num_seqs] = [1] * num_decodes + contexts
         np.cumsum(prefill_lens, dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
         head.logits_rows[:num_seqs] = 0
         num_tokens = num_decodes + sum(prefill_lens)
@@ -192,9 +196,9 @@ class InputBuilder:
             num_tokens=num_tokens,
             num_samples=num_seqs,
             max_query_len=max(prefill_lens, default=0),
-            max_context_len=max(prefill_lens, default=1),
+            max_context_len=max(contexts, default=1),
             wishes=0,
-            prefill_lens=[(length, length) for length in prefill_lens],
+            prefill_lens=list(zip(prefill_lens, contexts, strict=True)),
         )
 
     def model_inputs(self, step: Step) -> ModelInputs:

@@ -274,6 +274,7 @@ class ModelRunner:
         )  # fmt: skip
         for query_len in attention.max_query_lens:
             self._run_padding(0, [query_len])
+        self._run_padding(0, [1], num_earlier=1)
         for num_decodes in attention.num_decodes:
             self._run_padding(num_decodes, [])
             chunk = min(16, longest, max_tokens - num_decodes)
@@ -300,9 +301,9 @@ class ModelRunner:
             hidden = HiddenStates(*logits.new_zeros((2, rows, self.config.model.hidden_size)))
             self.model.logits(hidden, None, out=self._spare_logits[:rows])
 
-    def _run_padding(self, num_decodes: int, prefill_lens: list[int]) -> None:
+    def _run_padding(self, num_decodes: int, prefill_lens: list[int], *, num_earlier: int = 0) -> None:
         """A step for nobody, drawn both ways. Like `execute` it keeps the hidden states until the end."""
-        step = self._builder.stage_padding(num_decodes, prefill_lens)
+        step = self._builder.stage_padding(num_decodes, prefill_lens, num_earlier=num_earlier)
         hidden = self._forward(step)
         for wishes in (0, DRAWS):
             self._sample(step._replace(wishes=wishes))

@@ -210,7 +210,7 @@ def paged_prefill_attention(
     from tritonmind.kernels import triton_flat_pages
 
     for group in flat.groups:
-        triton_flat_pages.flatten_pages(k_cache, v_cache, scales, group.blocks, flat.k, flat.v)
+        triton_flat_pages.flatten_pages(k_cache, v_cache, scales, group.blocks, group.pages, flat.k, flat.v)
         # A step's prompts are one group but for rare ones: its host time is worth a branch.
         rows, outputs = q, out
         if len(flat.groups) > 1:

@@ -17,6 +17,7 @@ from tritonmind.kernels.dispatch import (
     check_values_or_partial_sums,
     use_triton,
 )
+from tritonmind.kernels.flat_pages import FlatPages
 from tritonmind.kernels.kv_quant import KVScales
 
 
@@ -32,6 +33,7 @@ def rotary_kv_write(
     num_kv_heads: int,
     head_dim: int,
     scales: KVScales | None = None,
+    flat: FlatPages | None = None,
     dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -41,8 +43,9 @@ def rotary_kv_write(
     partial sums of a product, [S, T, ...] fp32. cos_sin: [max_pos, head_dim]
     fp32, rows [cos | sin]. positions: [T] int64 or int32, below max_pos. slot_mapping: [T] int32, block * block_size +
     offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], updated in place.
-    scales: those of caches that are uint8; a token's own are written. dtype: of the queries, for partial sums over such
-    caches. out: [T, num_heads, head_dim]. Returns out, the rotated queries.
+    scales: those of caches that are uint8; a token's own are written. flat: a plan for the last tokens, those of
+    prompts, which are written to its scratch too, as what is stored stands for; not on a CPU. dtype: of the queries,
+    for partial sums over such caches. out: [T, num_heads, head_dim]. Returns out, the rotated queries.
     Raises ValueError for a wrong shape, dtype, device or layout; position and slot values are the caller's promise.
     """
     if qkv.dim() == 3:
@@ -75,4 +78,4 @@ def rotary_kv_write(
 
     if out is None:
         out = qkv.new_empty((num_tokens, num_heads, head_dim), dtype=dtype)
-    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, scales, out)
+    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, scales, flat, out)

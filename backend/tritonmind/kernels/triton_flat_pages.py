@@ -16,7 +16,7 @@ BLOCK_ELEMENTS = 4096  # of a page of K or V that a program copies at a time
 
 
 @triton.jit(
-    do_not_specialize=["block_table_stride", "num_seqs", "max_blocks"],
+    do_not_specialize=["block_table_stride", "num_seqs", "max_blocks", "written"],
     do_not_specialize_on_alignment=["block_tables_ptr", "cu_seqlens_q_ptr", "context_lens_ptr"],
 )
 def _plan_group_kernel(
@@ -26,9 +26,12 @@ def _plan_group_kernel(
     context_lens_ptr,  # [S]
     num_seqs,
     max_blocks,
-    blocks_ptr,  # [num_pages]
+    written,  # 1: new tokens go to their slots; 0: pages of theirs are copied too
+    blocks_ptr,  # [num_copies]
+    pages_ptr,  # [num_copies]
     tables_ptr,  # [S, max_blocks]
     starts_ptr,  # [S + 1]
+    slots_ptr,  # of new tokens, found by cu_seqlens_q
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -37,21 +40,35 @@ def _plan_group_kernel(
     lane = tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.let_next_start(PDL)
-    first = 0
+    first = 0  # page of the scratch
+    copy = 0
     for start in range(0, seq, BLOCK):
-        context_len = tl.load(context_lens_ptr + start + lane, mask=start + lane < seq, other=0)
+        other = start + lane
+        context_len = tl.load(context_lens_ptr + other, mask=other < seq, other=0)
         first += tl.sum(tl.cdiv(context_len, BLOCK_SIZE))
-    num_pages = tl.cdiv(tl.load(context_lens_ptr + seq), BLOCK_SIZE)
+        end = tl.load(cu_seqlens_q_ptr + other + 1, mask=other < seq, other=0)
+        num_new = end - tl.load(cu_seqlens_q_ptr + other, mask=other < seq, other=0)
+        copy += tl.sum(tl.cdiv(context_len - num_new * written, BLOCK_SIZE))
+    first_token = tl.load(cu_seqlens_q_ptr + seq)
+    query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - first_token
+    context_len = tl.load(context_lens_ptr + seq)
+    num_pages = tl.cdiv(context_len, BLOCK_SIZE)
+    num_copies = tl.cdiv(context_len - query_len * written, BLOCK_SIZE)
     for start in range(0, num_pages, BLOCK):
         column = start + lane
-        inside = column < num_pages
-        block = tl.load(block_tables_ptr + seq.to(tl.int64) * block_table_stride + column, mask=inside, other=0)
-        tl.store(blocks_ptr + first + column, block, mask=inside)
-        tl.store(tables_ptr + seq.to(tl.int64) * max_blocks + column, first + column, mask=inside)
+        is_copy = column < num_copies
+        block = tl.load(block_tables_ptr + seq.to(tl.int64) * block_table_stride + column, mask=is_copy, other=0)
+        tl.store(blocks_ptr + copy + column, block, mask=is_copy)
+        tl.store(pages_ptr + copy + column, first + column, mask=is_copy)
+        tl.store(tables_ptr + seq.to(tl.int64) * max_blocks + column, first + column, mask=column < num_pages)
+    for start in range(0, query_len, BLOCK):
+        token = start + lane
+        slot = tl.where(written == 1, first * BLOCK_SIZE + context_len - query_len + token, -1)
+        tl.store(slots_ptr + first_token + token, slot, mask=token < query_len)
     begin = tl.load(cu_seqlens_q_ptr)
-    tl.store(starts_ptr + seq, tl.load(cu_seqlens_q_ptr + seq) - begin)
+    tl.store(starts_ptr + seq, first_token - begin)
     if seq == num_seqs - 1:
-        tl.store(starts_ptr + num_seqs, tl.load(cu_seqlens_q_ptr + num_seqs) - begin)
+        tl.store(starts_ptr + num_seqs, first_token + query_len - begin)
 
 
 @triton.jit
@@ -62,8 +79,9 @@ def _flatten_kernel(
     v_scale,
     k_zero,
     v_zero,
-    blocks_ptr,  # [num_pages]
-    k_ptr,  # [>= num_pages, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
+    blocks_ptr,  # [num_copies]
+    pages_ptr,  # [num_copies]
+    k_ptr,  # [capacity, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     v_ptr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -74,14 +92,15 @@ def _flatten_kernel(
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
-    page = tl.program_id(1).to(tl.int64)
+    copy = tl.program_id(1)
     offset = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     element = offset[:, None] * HEAD_DIM + dim[None, :]
     inside = (dim < HEAD_DIM)[None, :] & (offset < BLOCK_SIZE)[:, None]
     pdl.wait(PDL)
     pdl.let_next_start(PDL)
-    block = tl.load(blocks_ptr + page).to(tl.int64)
+    block = tl.load(blocks_ptr + copy).to(tl.int64)
+    page = tl.load(pages_ptr + copy).to(tl.int64)
     row = (block * NUM_KV_HEADS + head) * BLOCK_SIZE
     k = tl.load(k_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
     v = tl.load(v_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
@@ -100,20 +119,24 @@ def plan_group(
     block_tables: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
+    slots: torch.Tensor,
     block_size: int,
-    num_pages: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """blocks, block_tables and cu_seqlens_q of a PromptGroup, of its sequences' own."""
+    num_copies: int,
+    written: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """blocks, pages, block_tables and cu_seqlens_q of a PromptGroup, of its sequences' own; fills their slots."""
     num_seqs, max_blocks = block_tables.shape
-    blocks = torch.empty(num_pages, dtype=torch.int32, device=block_tables.device)
+    # Each begins where memory is aligned, as kernels are compiled for.
+    blocks, pages = (torch.empty(num_copies, dtype=torch.int32, device=block_tables.device) for _ in range(2))
     tables = torch.empty((num_seqs, max_blocks), dtype=torch.int32, device=block_tables.device)
     starts = torch.empty_like(cu_seqlens_q)
     use_pdl = pdl.use_pdl(block_tables.device)
     _plan_group_kernel[(num_seqs,)](
-        block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, num_seqs, max_blocks, blocks, tables, starts,
+        block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, num_seqs, max_blocks, int(written),
+        blocks, pages, tables, starts, slots,
         BLOCK_SIZE=block_size, BLOCK=PLAN_BLOCK, PDL=use_pdl, num_warps=2, launch_pdl=use_pdl,
     )  # fmt: skip
-    return blocks, tables, starts
+    return blocks, pages, tables, starts
 
 
 def flatten_pages(
@@ -121,10 +144,11 @@ def flatten_pages(
     v_cache: torch.Tensor,
     scales: KVScales,
     blocks: torch.Tensor,
+    pages: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
-    """Write what `blocks` of uint8 caches stand for to the first pages of k and v, in their dtype.
+    """Write what `blocks` of uint8 caches stand for to `pages` of k and v, in their dtype.
 
     The arguments are checked: by attention.paged_prefill_attention, and by flat_pages.plan_flat_pages.
     """
@@ -134,7 +158,7 @@ def flatten_pages(
     if len(blocks):
         use_pdl = pdl.use_pdl(k.device)
         _flatten_kernel[(num_kv_heads, len(blocks), triton.cdiv(block_size, block_n))](
-            k_cache, v_cache, *scale_arguments(scales), blocks, k, v,
+            k_cache, v_cache, *scale_arguments(scales), blocks, pages, k, v,
             NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_D=block_d, BLOCK_N=block_n,
             SCALES=kind_of(scales), PDL=use_pdl, num_warps=4, launch_pdl=use_pdl,
         )  # fmt: skip

@@ -48,6 +48,12 @@ def quantise(x, per_step):
 
 
 @triton.jit
+def dequantise(stored, scale, zero):
+    """What bytes stand for, fp32."""
+    return (stored.to(tl.float32) - BIAS) * scale + zero
+
+
+@triton.jit
 def unpack_pairs(x, dtype: tl.constexpr, ASM: tl.constexpr):
     """The low bytes of int16 numbers x, and the high ones, less BIAS each, as `dtype`, fp16 or fp32.
 

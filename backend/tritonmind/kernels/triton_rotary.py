@@ -7,16 +7,20 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonmind.kernels.flat_pages import FlatPages
 from tritonmind.kernels.kv_quant import KVScales
 from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
-from tritonmind.kernels.triton_int8 import MAX_LEVEL, MIN_SCALE, kind_of, quantise, scale_arguments
+from tritonmind.kernels.triton_int8 import MAX_LEVEL, MIN_SCALE, dequantise, kind_of, quantise, scale_arguments
 from tritonmind.kernels.triton_linear import load_sum
 
 BLOCK_ELEMENTS = 2048  # of a program: few enough to spread one token over the card
 
 
 # Slices of a step's metadata start anywhere: without this, a change of alignment would compile while serving.
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "first_flat_token"],
+    do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"],
+)
 def _rotary_kv_write_kernel(
     qkv_ptr,  # [T, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM], heads [q | k | v], or [SPLITS, T, ...] fp32
     cos_sin_ptr,  # [max_pos, HEAD_DIM] fp32
@@ -28,6 +32,10 @@ def _rotary_kv_write_kernel(
     v_scale,
     k_zero,
     v_zero,
+    flat_k_ptr,  # pages of prompts [capacity, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]; read when FLAT, as the next three
+    flat_v_ptr,
+    flat_slots_ptr,  # [num_tokens - first_flat_token]
+    first_flat_token,
     out_ptr,  # [T, NUM_HEADS, HEAD_DIM]
     num_tokens,
     NUM_HEADS: tl.constexpr,
@@ -38,6 +46,7 @@ def _rotary_kv_write_kernel(
     BLOCK_HALF: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,  # of caches that are bytes: "layer" or "token", else None
+    FLAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -76,14 +85,13 @@ def _rotary_kv_write_kernel(
             is_head = head < NUM_HEADS + 2 * NUM_KV_HEADS
             tl.store(k_scale + page_row, scale, mask=is_head & (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS))
             tl.store(v_scale + page_row, scale, mask=is_head & (head >= NUM_HEADS + NUM_KV_HEADS))
-            per_step = (1.0 / scale)[:, None]
-            stored_first = quantise(turned_first, per_step)
-            stored_second = quantise(turned_second, per_step)
+            scale, zero = scale[:, None], 0.0
+            stored_first = quantise(turned_first, 1.0 / scale)
+            stored_second = quantise(turned_second, 1.0 / scale)
         elif SCALES == "layer":
-            per_step = 1.0 / tl.where(is_value, v_scale, k_scale)
-            zero = tl.where(is_value, v_zero, k_zero)
-            stored_first = quantise(turned_first - zero, per_step)
-            stored_second = quantise(turned_second - zero, per_step)
+            scale, zero = tl.where(is_value, v_scale, k_scale), tl.where(is_value, v_zero, k_zero)
+            stored_first = quantise(turned_first - zero, 1.0 / scale)
+            stored_second = quantise(turned_second - zero, 1.0 / scale)
         else:
             stored_first = turned_first.to(k_cache_ptr.dtype.element_ty)
             stored_second = turned_second.to(k_cache_ptr.dtype.element_ty)
@@ -91,6 +99,18 @@ def _rotary_kv_write_kernel(
         tl.store(k_cache_ptr + cached + HALF, stored_second, mask=inside & is_key)
         tl.store(v_cache_ptr + cached, stored_first, mask=inside & is_value)
         tl.store(v_cache_ptr + cached + HALF, stored_second, mask=inside & is_value)
+        if FLAT:
+            prompt_token = token - first_flat_token
+            flat_slot = tl.load(flat_slots_ptr + prompt_token, mask=prompt_token >= 0, other=-1)
+            if flat_slot >= 0:
+                flat_row = (flat_slot // BLOCK_SIZE).to(tl.int64) * NUM_KV_HEADS + kv_head
+                flat = (flat_row * BLOCK_SIZE + flat_slot % BLOCK_SIZE)[:, None] * HEAD_DIM + pair[None, :]
+                flat_first = dequantise(stored_first, scale, zero).to(flat_k_ptr.dtype.element_ty)
+                flat_second = dequantise(stored_second, scale, zero).to(flat_k_ptr.dtype.element_ty)
+                tl.store(flat_k_ptr + flat, flat_first, mask=inside & is_key)
+                tl.store(flat_k_ptr + flat + HALF, flat_second, mask=inside & is_key)
+                tl.store(flat_v_ptr + flat, flat_first, mask=inside & is_value)
+                tl.store(flat_v_ptr + flat + HALF, flat_second, mask=inside & is_value)
 
 
 def rotary_kv_write(
@@ -101,6 +121,7 @@ def rotary_kv_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     scales: KVScales | None,
+    flat: FlatPages | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Launch on checked arguments; see rotary.rotary_kv_write."""
@@ -108,11 +129,13 @@ def rotary_kv_write(
     num_kv_heads, block_size = k_cache.shape[1:3]
     if num_tokens:
         pdl, block_half = use_pdl(qkv.device), triton.next_power_of_2(head_dim // 2)
+        scratch = (None, None, None, 0) if flat is None else (flat.k, flat.v, flat.slots, num_tokens - len(flat.slots))
         block_heads = BLOCK_ELEMENTS // (2 * block_half)
         _rotary_kv_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
-            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *scale_arguments(scales), out, num_tokens,
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *scale_arguments(scales),
+            *scratch, out, num_tokens,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
             BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, SPLITS=len(qkv) if qkv.dim() == 3 else 1,
-            SCALES=kind_of(scales), PDL=pdl, num_warps=2, launch_pdl=pdl,
+            SCALES=kind_of(scales), FLAT=flat is not None, PDL=pdl, num_warps=2, launch_pdl=pdl,
         )  # fmt: skip
     return out

@@ -30,7 +30,7 @@ def with_attention_plans(inputs: ModelInputs, kv_cache: KVCache, *, num_heads: i
     if metadata.prefill_lens and kv_cache.scratch is not None:
         flat_pages = plan_flat_pages(
             *kv_cache.scratch, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
-            metadata.prefill_context_lens, lens=metadata.prefill_lens,
+            metadata.prefill_context_lens, lens=metadata.prefill_lens, written=True,
         )  # fmt: skip
         metadata = dataclasses.replace(metadata, flat_pages=flat_pages)
     return dataclasses.replace(inputs, attention=metadata)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         q = rotary_kv_write(
             qkv, cos_sin, positions, metadata.slot_mapping, kv_cache.k, kv_cache.v,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, scales=kv_cache.scales,
-            dtype=self.dtype,
+            flat=metadata.flat_pages, dtype=self.dtype,
         )  # fmt: skip
         num_decodes, num_tokens = metadata.num_decodes, q.shape[0]
         if num_decodes == num_tokens:
