@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.errors import ConfigError
+from tritonmind.kernels.dispatch import force_triton
 from tritonmind.kernels.kv_quant import asymmetric_scale
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.sequence import Sequence
@@ -115,6 +117,33 @@ def test_decodes_beside_prompts(workspace: Path, device: str) -> None:
         SchedulerOutput(decode(seqs[:1]).decodes, [ScheduledSequence(seqs[1], len(seqs[1].token_ids) - 3, 3, True)])
     ).wait()
     assert relative(runner.logits[0].float().cpu(), whole) < MAX_DIFFERENCE[device]
+
+
+def test_kernels_serve_steps_as_the_cpu_does(workspace: Path, device: str) -> None:
+    """What only a GPU does, under the interpreter: prompts through a scratch, beside a decode, and after a chunk."""
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter needs TRITON_INTERPRET=1")
+    pytest.importorskip("triton")
+
+    def logits(runner: ModelRunner) -> torch.Tensor:
+        torch.manual_seed(5)
+        seqs, found = sequences([8, 70], NUM_BLOCKS), []
+        for output in (
+            prefills([ScheduledSequence(seqs[0], 0, 8, True)]),
+            SchedulerOutput(decode(seqs[:1]).decodes, [ScheduledSequence(seqs[1], 0, 66, False)]),
+            prefills([ScheduledSequence(seqs[0], 6, 2, True), ScheduledSequence(seqs[1], 66, 4, True)]),
+        ):
+            runner.execute(output).wait()
+            found.append(runner.logits[: len(output.prefills) if not output.decodes.seqs else 1].clone())
+        return torch.cat(found)
+
+    runner = make_runner(workspace, device, QuantPolicy.KV_INT8)
+    expected = logits(runner)
+    shape = (3, *runner.kv_caches[0].k.shape[1:])
+    scratch = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
+    runner.kv_caches = [cache._replace(scratch=scratch) for cache in runner.kv_caches]
+    with force_triton():
+        assert relative(logits(runner), expected) < MAX_DIFFERENCE[device]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
