@@ -19,7 +19,7 @@ from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.accuracy_rows import Candidate, Measured, as_entry, make_rows, print_rows
 from tritonmind_tools.bench.evaluation import WAYS, ForcedModel, Layout, Way, read_texts, steps
 from tritonmind_tools.bench.options import add_engine_options, engine_overrides
-from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, add_output_options
+from tritonmind_tools.bench.report import Progress, Report, add_output_options, precision
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +203,7 @@ def _read(models: Sequence[ForcedModel], texts: Sequence[Sequence[int]], layout:
 def _facts(model: ForcedModel) -> tuple[str, str, int]:
     """What the rows of results call its precision, its weights, and how its K and V are stored."""
     config = model.runner.config
-    computes = PRECISIONS.get(model.dtype, model.dtype)
-    weights = f"int4 g{config.model.group_size}" if config.model.weight_type == "int4" else computes
     policy = int(config.cache.quant_policy)
-    return weights.replace(" ", "-") + (f"+kv{policy}" if policy else ""), weights, policy
+    quantised = config.model.weight_type == "int4"
+    weights = f"int4 g{config.model.group_size}" if quantised else precision(config.model, model.dtype)
+    return precision(config.model, model.dtype, policy), weights, policy
