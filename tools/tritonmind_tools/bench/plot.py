@@ -21,7 +21,7 @@ from tritonmind_tools.bench.recorded import OUR_ENGINE, read_results, row_key
 
 DPI = 150
 SIZE = (8.0, 5.0)  # inches
-COLOURS = ("#1f6fb4", "#d9651a", "#2f9245", "#8a4fb0", "#b8860b", "#c23b5a")
+COLOURS = ("#1f6fb4", "#d9651a", "#2f9245", "#8a4fb0", "#b8860b", "#c23b5a", "#4aa3a2", "#555555")
 GREY = "#777777"
 OUR_PARTS = {"server", "bare engine"}  # `bench serving` holds them against each other
 MAX_MS_SPAN = 20  # beyond this ratio of largest to least step time the axis is logarithmic
@@ -108,8 +108,8 @@ def _figure() -> Any:
     return Figure(figsize=SIZE, layout="constrained")
 
 
-def _axes(figure: Any, title: str, x_label: str, y_label: str, position: int = 111) -> Any:
-    axes = figure.add_subplot(position)
+def _axes(figure: Any, title: str, x_label: str, y_label: str, position: int | tuple[int, int, int] = 111) -> Any:
+    axes = figure.add_subplot(*position) if isinstance(position, tuple) else figure.add_subplot(position)
     axes.set_title(title, loc="left", size=11, weight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -198,7 +198,7 @@ def _roofline(rows: list[Row], figure: Any) -> bool:
         axes.bar_label(bars, labels, padding=4, size=8)
     axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2)
     axes.set_yticks(range(len(shown)), [row["workload"] for row in shown], size=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, max(125.0, *(115 * row["roofline_fraction"] for row in shown)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
     return True
@@ -214,30 +214,45 @@ def _engines(rows: list[Row], figure: Any) -> bool:
     if not shown:
         return False
     engines = list(dict.fromkeys([OUR_ENGINE, *(engine for group in shown.values() for engine in group)]))
-    figure.set_size_inches(SIZE[0], 1.4 + 0.22 * sum(len(group) + 1 for group in shown.values()))
-    axes = _axes(figure, "Beside other engines", "of ours", "")
-    axes.grid(False, axis="y")
-    bars: dict[str, list[tuple[float, Row, Row]]] = {engine: [] for engine in engines}
+    colours = dict(zip(engines, _colours(len(engines)), strict=True))
+    panels: dict[str, dict[str, dict[str, Row]]] = {}
+    for (workload, model, _), group in shown.items():
+        panels.setdefault(model, {})[workload] = group
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    tallest = max(sum(len(group) + 1 for group in panel.values()) for panel in panels.values())
+    figure.set_size_inches(SIZE[0] * (1 + 0.5 * (columns - 1)), 1.0 + lines * (0.6 + 0.17 * tallest))
+    for number, (model, panel) in enumerate(panels.items(), start=1):
+        axes = _axes(figure, model, "of ours", "", (lines, columns, number))
+        axes.grid(False, axis="y")
+        _engine_bars(axes, panel, colours)
+    figure.suptitle("Beside other engines", x=0.01, ha="left", size=12, weight="bold")
+    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for found in legends for handle, label in zip(*found, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper right", ncols=len(engines), frameon=False, fontsize=8)
+    return True
+
+
+def _engine_bars(axes: Any, panel: Mapping[str, Mapping[str, Row]], colours: Mapping[str, str]) -> None:
+    """The groups of bars of one model, by workload and engine."""
+    bars: dict[str, list[tuple[float, Row, Row]]] = {}
     ticks = []
     position = 0.0
-    for group in shown.values():
+    for group in panel.values():
         ticks.append(position + (len(group) - 1) / 2)
-        for engine in (engine for engine in engines if engine in group):
-            bars[engine].append((position, group[engine], group[OUR_ENGINE]))
+        for engine in (engine for engine in colours if engine in group):
+            bars.setdefault(engine, []).append((position, group[engine], group[OUR_ENGINE]))
             position += 1
         position += 1
-    for (engine, drawn), colour in zip(bars.items(), _colours(len(engines)), strict=True):
+    for engine, drawn in bars.items():
         shares = [row["value"] / ours["value"] for _, row, ours in drawn]
         labels = [f"{_figures(row['value'])} {row['unit']}" for _, row, _ in drawn]
-        patches = axes.barh([place for place, _, _ in drawn], shares, height=0.85, color=colour, label=engine)
+        places = [place for place, _, _ in drawn]
+        patches = axes.barh(places, shares, height=0.85, color=colours[engine], label=engine)
         axes.bar_label(patches, labels, padding=4, size=7)
-    axes.set_yticks(ticks, [f"{workload}\n{model}" for workload, model, _ in shown], size=7)
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper right", ncols=len(engines), frameon=False, fontsize=8
-    )
-    return True
+    axes.set_yticks(ticks, list(panel), size=7)
+    axes.set_ylim(position - 1.2, -0.8)
+    axes.margins(x=0.24)
 
 
 def _engine(row: Row) -> str:
