@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tritonmind.checkpoints.reading import DEFAULT_GROUP_SIZE
 from tritonmind.config import GROUP_SIZES, ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind_tools.lite.options import DEFAULT_WORK_DIR, add_common_options, boolean, pick_device
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from tritonmind_tools.lite.work_dir import Calibration
 
 W_BITS = 4
-DEFAULT_GROUP_SIZE = 128
 # What the searches look at. Of SmolLM2-135M, alphas found on 2048 tokens lose at most 1 % of the loss on others.
 DEFAULT_SEARCH_TOKENS = 4096
 _SEARCH_SEQLEN = 512

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from tritonmind.checkpoints.reading import DEFAULT_GROUP_SIZE
 from tritonmind.checkpoints.source import CONFIG
 from tritonmind.errors import TritonmindError
-from tritonmind_tools.lite.auto_awq import DEFAULT_GROUP_SIZE, DEFAULT_SEARCH_TOKENS, auto_awq
+from tritonmind_tools.lite.auto_awq import DEFAULT_SEARCH_TOKENS, auto_awq
 from tritonmind_tools.lite.calibrate import DEFAULT_SAMPLES, DEFAULT_SEQLEN, calibrate
 from tritonmind_tools.lite.options import DEVICES
 from tritonmind_tools.lite.work_dir import CALIBRATION
