@@ -13,6 +13,8 @@ side by side on a band of rows, whose rows and weights stay in the L2 cache mean
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of a jit function: only constexpr may stand there.
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -175,6 +177,13 @@ def _many_rows_kernel(
     )  # fmt: skip
 
 
+@functools.cache
+def _tiles(rows: int, columns: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """Size of the tiles that a tensor is moved in, and their layout in shared memory."""
+    size = [rows, columns]
+    return size, gl.NVMMASharedLayout.get_default_for(size, gl.float16 if dtype == torch.float16 else gl.bfloat16)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Launch on checked 2-byte arguments whose rows begin at multiples of 16 bytes, on Hopper; see linear.linear."""
     return _launch(x, weight, out, gated=False)
@@ -189,15 +198,9 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gated: 
     num_rows, n = out.shape
     if not num_rows:
         return out
-    element = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    x_desc, weight_desc, out_desc = (
-        TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, element))
-        for tensor, block in (
-            (x, [GROUP_ROWS.value, BLOCK_K]),
-            (weight, [BLOCK_N, BLOCK_K]),
-            (out, [GROUP_ROWS.value, BLOCK_N]),
-        )
-    )
+    x_desc = TensorDescriptor.from_tensor(x, *_tiles(GROUP_ROWS.value, BLOCK_K, x.dtype))
+    weight_desc = TensorDescriptor.from_tensor(weight, *_tiles(BLOCK_N, BLOCK_K, x.dtype))
+    out_desc = TensorDescriptor.from_tensor(out, *_tiles(GROUP_ROWS.value, BLOCK_N, x.dtype))
     num_row_tiles = triton.cdiv(num_rows, 2 * GROUP_ROWS.value)
     num_tiles = num_row_tiles * triton.cdiv(n, BLOCK_N if gated else 2 * BLOCK_N)
     use_pdl = pdl.use_pdl(x.device)
