@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonmind.chat_template import ChatTemplate, load_chat_template, parse_messages
+from tritonmind.chat_template import ChatTemplate, load_chat_template, parse_messages, parse_tools
 from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.tokenizer import Tokenizer
 
@@ -117,7 +117,9 @@ def test_messages_are_parsed() -> None:
         ("[1]", r"messages\[0\]=1"),
         ('[{"role": "user", "content": "a"}, {"content": "b"}]', r"messages\[1\]\.role=None"),
         ('[{"role": "user", "content": ["a"]}]', r"messages\[0\]\.content"),
-        ('[{"role": "user", "content": "a", "name": "n"}]', r"messages\[0\]={'name': 'n'}"),
+        ('[{"role": "user", "content": "a", "weight": 1}]', r"messages\[0\]={'weight': 1}"),
+        ('[{"role": "user", "content": "a", "name": 1}]', r"messages\[0\]\.name=1"),
+        ('[{"role": "assistant", "content": "", "tool_calls": [1]}]', r"messages\[0\]\.tool_calls"),
         ('[{"role": "user", "content": "a", "\\n=": 1}]', r"messages\[0\]={'\\n=': 1}"),
         ('[{"role": "user", "content": "\\ud800"}]', "messages="),
     ],
@@ -134,3 +136,24 @@ def test_nesting_at_any_depth_is_an_invalid_request(depth: int) -> None:
     for text in ("[" * depth, nested, f'[{{"role": "user", "content": {nested}}}]'):
         with pytest.raises(InvalidRequestError, match="messages"):
             parse_messages(text)
+
+
+def test_tools_and_variables_reach_the_template() -> None:
+    source = "{{ tools | tojson }}{% if think %}T{% endif %}{{ messages[0].tool_calls[0].function.name }}"
+    (message,) = parse_messages(
+        '[{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]'
+    )
+    (tool,) = parse_tools('[{"type": "function", "function": {"name": "f"}}]')
+    text = template(source).render([message], tools=[tool], variables={"think": True, "messages": "shadowed"})
+    assert text == '[{"type": "function", "function": {"name": "f"}}]Tf'
+
+
+def test_tools_without_a_place_for_them_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no place for tools"):
+        template("{{ messages }}").render([{"role": "user", "content": "a"}], tools=[{"type": "function"}])
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '[{"type": "function"}]', '[{"function": {"name": "f"}}]', "["])
+def test_bad_tools_are_named(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="tools"):
+        parse_tools(text)

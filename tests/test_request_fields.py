@@ -320,3 +320,16 @@ def test_any_mix_of_fields_is_a_sound_request_or_names_its_field(data: st.DataOb
 def test_a_turn_of_a_session_has_one_answer() -> None:
     with pytest.raises(InvalidRequestError, match="n=2 is invalid: a session goes on from one answer"):
         parsed(session_id=np.array([1], dtype=np.uint64), sequence_start=True, n=np.array([2], dtype=np.int32))
+
+
+def test_tools_and_variables_go_with_messages() -> None:
+    messages = '[{"role": "user", "content": "a"}]'
+    tools = '[{"type": "function", "function": {"name": "f"}}]'
+    arrays = {"messages": messages, "tools": tools, "chat_template_kwargs": '{"think": false}'}
+    request = parse_request({name: array_of(value) for name, value in arrays.items()}, {}, [])
+    assert request.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert request.template_variables == {"think": False}
+    with pytest.raises(InvalidRequestError, match="goes with messages"):
+        parsed(tools=tools)
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs"):
+        parse_request({"messages": array_of(messages), "chat_template_kwargs": array_of("[]")}, {}, [])

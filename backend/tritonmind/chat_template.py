@@ -6,13 +6,14 @@ The template is somebody else's program: it runs in a sandbox that can read its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -22,9 +23,13 @@ from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.tokenizer import TOKENIZER_CONFIG_FILE, read_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
+# Texts of a message: the first two are in each one. Beside them an assistant's message may have tool_calls.
 MESSAGE_KEYS = ("role", "content")
+OPTIONAL_MESSAGE_KEYS = ("name", "tool_call_id", "reasoning_content")
+TOOL_CALLS = "tool_calls"
 
-Message = dict[str, str]
+Message = dict[str, Any]
+T = TypeVar("T")
 
 
 class _TemplateRefusal(Exception):
@@ -61,7 +66,10 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """A compiled template. special_tokens: what it may name, such as bos_token and eos_token."""
+    """A compiled template. special_tokens: what it may name, such as bos_token and eos_token.
+
+    source: its text. variables: names that it takes from outside, such as tools.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, where: str) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -75,20 +83,38 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}") from None
         self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt text, special tokens written out: encode it without adding any.
 
-        Raises InvalidRequestError when the template refuses the messages (an odd order of roles, for instance).
+        tools: functions that the model may call, as in OpenAI's API. variables: of the template's own, such
+        as enable_thinking. Raises InvalidRequestError when the template refuses the messages (an odd order of roles,
+        say), or has no use for tools.
         """
+        if tools and "tools" not in self.variables:
+            raise InvalidRequestError("tools", list(tools), "this checkpoint's chat template has no place for tools")
         try:
             return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
+                {
+                    **self._special_tokens,
+                    **(variables or {}),
+                    "messages": list(messages),
+                    "tools": list(tools) if tools else None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
+        except RecursionError:
+            raise InvalidRequestError("messages", f"{len(messages)} messages", "are nested too deeply") from None
         except _TemplateRefusal as error:
             raise InvalidRequestError("messages", list(messages), f"the chat template refuses it: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -119,16 +145,48 @@ def load_chat_template(tokenizer_dir: str | Path, special_tokens: Mapping[str, s
 
 
 def parse_messages(text: str) -> list[Message]:
-    """Messages from JSON: a list of objects with exactly the texts `role` and `content`, at least one.
+    """Messages from JSON: a list, at least one, of objects with `role`, `content` and what may go with them.
 
     Raises InvalidRequestError naming the message and the key.
     """
+    return _parsed("messages", text, _checked_messages)
+
+
+def parse_tools(text: str) -> list[dict[str, Any]]:
+    """Tools from JSON: a list of {"type": "function", "function": {"name": ...}}. Raises InvalidRequestError."""
+    return _parsed("tools", text, _checked_tools)
+
+
+def parse_template_variables(text: str) -> dict[str, Any]:
+    """A template's own variables from a JSON object. Raises InvalidRequestError."""
+    return _parsed("chat_template_kwargs", text, _checked_variables)
+
+
+def _parsed(field: str, text: str, check: Callable[[Any], T]) -> T:
     try:
-        return _checked_messages(msgspec.json.decode(text))
+        return check(msgspec.json.decode(text))
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise InvalidRequestError("messages", text, f"is not JSON: {error}") from None
+        raise InvalidRequestError(field, text, f"is not JSON: {error}") from None
     except RecursionError:  # from decoding, or from an error that shows what was decoded
-        raise InvalidRequestError("messages", text, "is nested too deeply") from None
+        raise InvalidRequestError(field, text, "is nested too deeply") from None
+
+
+def _checked_tools(tools: Any) -> list[dict[str, Any]]:
+    if not isinstance(tools, list):
+        raise InvalidRequestError("tools", tools, "must be a JSON list of tools")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequestError(
+                f"tools[{index}]", tool, 'must be {"type": "function", "function": {"name": ..., "parameters": ...}}'
+            )
+    return tools
+
+
+def _checked_variables(variables: Any) -> dict[str, Any]:
+    if not isinstance(variables, dict):
+        raise InvalidRequestError("chat_template_kwargs", variables, "must be a JSON object")
+    return variables
 
 
 def _checked_messages(messages: Any) -> list[Message]:
@@ -137,10 +195,16 @@ def _checked_messages(messages: Any) -> list[Message]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequestError(f"messages[{index}]", message, "must be an object with role and content")
-        for key in MESSAGE_KEYS:
+        for key in (*MESSAGE_KEYS, *(key for key in OPTIONAL_MESSAGE_KEYS if key in message)):
             if not isinstance(message.get(key), str):
                 raise InvalidRequestError(f"messages[{index}].{key}", message.get(key), "must be a text")
+        calls = message.get(TOOL_CALLS, [])
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise InvalidRequestError(f"messages[{index}].{TOOL_CALLS}", calls, "must be a list of objects")
+        known = (*MESSAGE_KEYS, *OPTIONAL_MESSAGE_KEYS, TOOL_CALLS)
         for key in message:
-            if key not in MESSAGE_KEYS:
-                raise InvalidRequestError(f"messages[{index}]", {key: message[key]}, "only role and content are known")
+            if key not in known:
+                raise InvalidRequestError(
+                    f"messages[{index}]", {key: message[key]}, f"only {', '.join(known)} are known"
+                )
     return messages

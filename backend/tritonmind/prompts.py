@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tritonmind.chat_template import ChatTemplate, Message
@@ -31,7 +32,7 @@ class PromptBuilder:
     def build(self, request: ParsedRequest, turn: Turn | None, max_model_len: int) -> Prompt:
         """The prompt of `request`, behind the history of `turn`. Raises InvalidRequestError."""
         if request.messages is not None:
-            return self._chat(request.messages, turn, max_model_len)
+            return self._chat(request, request.messages, turn, max_model_len)
         field = "input_ids" if request.text is None else "text_input"
         history = [] if turn is None else turn.text_history(field)
         if request.text is None:
@@ -46,13 +47,18 @@ class PromptBuilder:
         )
         return _joined(history, token_ids, request.text, max_model_len)
 
-    def _chat(self, messages: list[Message], turn: Turn | None, max_model_len: int) -> Prompt:
+    def _chat(self, request: ParsedRequest, messages: list[Message], turn: Turn | None, max_model_len: int) -> Prompt:
         if self._chat_template is None:
             raise InvalidRequestError(
                 "messages", messages, "this checkpoint has no chat template: send text_input instead"
             )
         turns = [] if turn is None else turn.chat_turns()
-        text = _next_turn(self._chat_template, turns, messages) if turns else self._chat_template.render(messages)
+
+        def render(conversation: list[Message]) -> str:
+            assert self._chat_template is not None
+            return self._chat_template.render(conversation, tools=request.tools, variables=request.template_variables)
+
+        text = _next_turn(render, turns, messages) if turns else render(messages)
         self._check_size("messages", text, max_model_len)
         if turn is None or not turns:
             return Prompt(self._tokenizer.encode(text, add_special_tokens=False), text)
@@ -73,7 +79,7 @@ class PromptBuilder:
             )
 
 
-def _next_turn(template: ChatTemplate, turns: list[ChatTurn], messages: list[Message]) -> str:
+def _next_turn(render: Callable[[list[Message]], str], turns: list[ChatTurn], messages: list[Message]) -> str:
     """What the template writes between the last answer and the next: the end of that answer, and `messages`.
 
     The answers are in the history as token ids, so a mark stands for the last one, and the text behind it is wanted.
@@ -86,7 +92,7 @@ def _next_turn(template: ChatTemplate, turns: list[ChatTurn], messages: list[Mes
     for number, turn in enumerate(turns, start=1):
         answer = mark if number == len(turns) else "..."
         conversation += [*turn.messages, {"role": "assistant", "content": answer}]
-    _, found, text = template.render([*conversation, *messages]).rpartition(mark)
+    _, found, text = render([*conversation, *messages]).rpartition(mark)
     if not found:
         raise InvalidRequestError(
             "messages", messages, "the chat template leaves earlier answers out: send whole conversations, no session"

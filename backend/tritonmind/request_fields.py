@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from tritonmind.chat_template import Message, parse_messages
+from tritonmind.chat_template import Message, parse_messages, parse_template_variables, parse_tools
 from tritonmind.errors import InvalidRequestError
 from tritonmind.sampling_params import SamplingParams
 
@@ -34,11 +34,15 @@ class TensorField(NamedTuple):
 MAX_TIMEOUT_MS = 2**31 - 1
 MAX_NAME_LENGTH = 64
 PROMPT_FIELDS = ("text_input", "input_ids", "messages")
+# What goes to the chat template with messages.
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 
 INPUTS = (
     TensorField("text_input", "TYPE_STRING", 1),
     TensorField("input_ids", "TYPE_INT32", -1),
     TensorField("messages", "TYPE_STRING", 1),
+    TensorField("tools", "TYPE_STRING", 1),
+    TensorField("chat_template_kwargs", "TYPE_STRING", 1),
     TensorField("session_id", "TYPE_UINT64", 1),
     TensorField("sequence_start", "TYPE_BOOL", 1),
     TensorField("sequence_end", "TYPE_BOOL", 1),
@@ -157,6 +161,7 @@ class SessionFields:
 class ParsedRequest:
     """A request whose fields are checked. Exactly one of text, input_ids and messages is set, unless it is an order.
 
+    tools, template_variables: what the chat template is given with messages.
     request_id: the client's name for it, "" for none. cancel: end the requests of that name. priority: the lower, the
     earlier; 0 stands for the default. timeout_ms: from the arrival, None for no limit. echo: the answer starts with
     the prompt's text. outputs: names of the tensors the client wants.
@@ -165,6 +170,8 @@ class ParsedRequest:
     text: str | None = None
     input_ids: list[int] | None = None
     messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    template_variables: dict[str, Any] | None = None
     session: SessionFields | None = None
     request_id: str = ""
     cancel: bool = False
@@ -247,7 +254,7 @@ def parse_request(
     prompts = [name for name in PROMPT_FIELDS if name in tensors]
     options = _Options()
     for name, array in tensors.items():
-        if name not in PROMPT_FIELDS and name != "sampling_parameters":
+        if name not in (*PROMPT_FIELDS, *TEMPLATE_FIELDS, "sampling_parameters"):
             options.add(name, _values(name, array), f"the input {name}")
     if "sampling_parameters" in tensors:
         options.add_json(_values("sampling_parameters", tensors["sampling_parameters"]), "sampling_parameters")
@@ -271,6 +278,9 @@ def parse_request(
     # A tokenizer that adds bos would make a prompt of nothing.
     if field == "text_input" and not prompt:
         raise InvalidRequestError("text_input", prompt, "is empty: send at least one character")
+    given = {name: str(_values(name, tensors[name])) for name in TEMPLATE_FIELDS if name in tensors}
+    if given and field != "messages":
+        raise InvalidRequestError(*given.popitem(), "goes with messages")
     params = options.sampling_params()
     if session is not None and params.n > 1:
         raise InvalidRequestError("n", params.n, "a session goes on from one answer: must be 1")
@@ -282,6 +292,10 @@ def parse_request(
         text=prompt if field == "text_input" else None,
         input_ids=prompt if field == "input_ids" else None,
         messages=parse_messages(prompt) if field == "messages" else None,
+        tools=parse_tools(given["tools"]) if "tools" in given else None,
+        template_variables=(
+            parse_template_variables(given["chat_template_kwargs"]) if "chat_template_kwargs" in given else None
+        ),
         session=session,
         request_id=request_id,
         cancel=cancel,
