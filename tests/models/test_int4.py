@@ -20,7 +20,7 @@ from tritonmind.model_source import open_model
 from tritonmind.random_model import RandomModel
 from tritonmind_tools.bench.rounds import greedy_request
 
-OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "cache_max_entry_count": 16, "num_threads": 1}
+OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 1024, "cache_max_entry_count": 16, "num_threads": 1}
 
 
 class Dequantized:
