@@ -27,16 +27,12 @@ from tritonmind.live_request import Answer
 from tritonmind.metrics import Metrics
 from tritonmind.request_fields import INPUTS, OUTPUTS, ParsedRequest, parse_request
 from tritonmind.sampling_params import GenerationDefaults
-from tritonmind.serving import RequestServer
-from tritonmind.sessions import SessionStore
+from tritonmind.serving import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_PRIORITY, RequestServer
+from tritonmind.sessions import DEFAULT_MAX_SESSION_TOKENS, DEFAULT_MAX_SESSIONS, SessionStore
 from tritonmind.supervisor import EngineFailurePolicy
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
 
-DEFAULT_DRAIN_TIMEOUT_S = 5.0
-DEFAULT_MAX_SESSIONS = 4096
-DEFAULT_MAX_SESSION_TOKENS = 2**24  # 64 MiB of token ids
-DEFAULT_PRIORITY = 100
 MAX_KEPT_TENSORS = 1024
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

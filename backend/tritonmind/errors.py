@@ -29,6 +29,10 @@ class UnavailableError(TritonmindError):
     code = "UNAVAILABLE"
 
 
+class BusyError(UnavailableError):
+    """The session has another request at work."""
+
+
 class DeadlineError(UnavailableError):
     """The request's own time limit passed."""
 

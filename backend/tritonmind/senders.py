@@ -41,6 +41,7 @@ class Senders:
         sessions: SessionStore,
         metrics: Metrics,
         on_end: Callable[[LiveRequest, bool], None],
+        num_lanes: int = NUM_LANES,
     ) -> None:
         self._decoded = functools.lru_cache(maxsize=None)(  # at most the vocabulary
             lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
@@ -48,7 +49,7 @@ class Senders:
         self._sessions = sessions
         self._metrics = metrics
         self._on_end = on_end
-        self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(NUM_LANES)]
+        self._lanes: list[Lane] = [queue.SimpleQueue() for _ in range(num_lanes)]
         self._threads = [
             threading.Thread(target=self._run_lane, args=(lane,), name=f"sender-{i}", daemon=True)
             for i, lane in enumerate(self._lanes)
@@ -58,7 +59,7 @@ class Senders:
 
     def lane(self, number: int) -> Lane:
         """The lane of the number-th request."""
-        return self._lanes[number % NUM_LANES]
+        return self._lanes[number % len(self._lanes)]
 
     def close(self) -> None:
         """End the threads, after what they have been asked to look at."""

@@ -26,7 +26,7 @@ from tritonmind.metrics import Metrics
 from tritonmind.prompts import PromptBuilder
 from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import GenerationDefaults, resolve, siblings
-from tritonmind.senders import Senders
+from tritonmind.senders import NUM_LANES, Senders
 from tritonmind.sessions import SessionStore
 from tritonmind.supervisor import EngineFailurePolicy, EngineSupervisor
 from tritonmind.text_stream import text_stream
@@ -35,6 +35,8 @@ from tritonmind.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tritonmind.engine.client import EngineClient
 
+DEFAULT_DRAIN_TIMEOUT_S = 5.0
+DEFAULT_PRIORITY = 100
 NUM_INTAKE_THREADS = 2
 SWEEP_PERIOD_S = 0.05
 MAX_ASKED_PER_SWEEP = 64  # asking the server whether a request is cancelled is a round trip, as a response is
@@ -50,7 +52,7 @@ class RequestServer:
     start: makes an engine; blocks until it is ready. What it raises at first leaves the constructor; later it is tried
     again. on_engine_exit: called once after an engine failure instead of a restart, when the policy is "exit".
     should_drain: polled; once it is true the server drains for drain_timeout seconds and takes no more requests.
-    default_priority: of requests that name none.
+    default_priority: of requests that name none. num_lanes: threads that make answers.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RequestServer:
         on_engine_exit: Callable[[], None] = lambda: None,
         should_drain: Callable[[], bool] = lambda: False,
         drain_timeout: float,
+        num_lanes: int = NUM_LANES,
     ) -> None:
         self.num_accepted = 0
         self.num_finals = 0
@@ -89,31 +92,35 @@ class RequestServer:
         self._num_asked = 0
         self._engine = EngineSupervisor(start, engine_failure, on_engine_exit, self._stopping)
         self._intake = ThreadPoolExecutor(NUM_INTAKE_THREADS, thread_name_prefix="intake")
-        self._senders = Senders(tokenizer, sessions, metrics, self._ended)
+        self._senders = Senders(tokenizer, sessions, metrics, self._ended, num_lanes)
         self._sweeper = threading.Thread(target=self._run_sweeper, name="sweeper", daemon=True)
         self._metrics_writer = threading.Thread(target=self._run_metrics, name="metrics", daemon=True)
         self._sweeper.start()
         self._metrics_writer.start()
 
-    def accept(self, request: ParsedRequest, responder: Responder) -> None:
-        """Answer `request` through `responder`. Returns at once; every failure becomes a response."""
+    def accept(self, request: ParsedRequest, responder: Responder) -> LiveRequest:
+        """Answer `request` through `responder`. Returns at once; every failure becomes a response.
+
+        The result is for giving the request up.
+        """
         live = self._register(request, responder)
         if self._refusal is not None:
             live.give_up(self._refusal)
-            return
+            return live
         try:
             if request.is_order:
                 self._obey(live)
-                return
+                return live
             if request.session is not None:
                 live.turn = self._sessions.begin(request.session)
         except TritonmindError as error:
             live.give_up(error)
-            return
+            return live
         try:
             self._intake.submit(self._submit, live)
         except RuntimeError:  # the pool was shut down between the check and now
             live.give_up(UnavailableError("the model is being unloaded"))
+        return live
 
     def refuse(self, responder: Responder, error: TritonmindError) -> None:
         """Answer a request that cannot be accepted."""

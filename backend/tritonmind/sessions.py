@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tritonmind.chat_template import Message
-from tritonmind.errors import InvalidRequestError, NotFoundError, UnavailableError
+from tritonmind.errors import BusyError, InvalidRequestError, NotFoundError, UnavailableError
 from tritonmind.request_fields import SessionFields
+
+DEFAULT_MAX_SESSIONS = 4096
+DEFAULT_MAX_SESSION_TOKENS = 2**24  # 64 MiB of token ids
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class SessionStore:
     def begin(self, fields: SessionFields) -> Turn:
         """Reserve a session for a turn, until `end`.
 
-        NotFoundError for a session that is unknown or was dropped, UnavailableError for one at work,
+        NotFoundError for a session that is unknown or was dropped, BusyError for one at work,
         InvalidRequestError for a step beyond its history.
         """
         with self._lock:
@@ -162,7 +165,7 @@ class SessionStore:
             self._evict()
 
     def forget(self, session_id: int) -> None:
-        """Drop a session. NotFoundError for an unknown one, UnavailableError for one at work."""
+        """Drop a session. NotFoundError for an unknown one, BusyError for one at work."""
         with self._lock:
             session = self._require(session_id)
             self._check_idle(session)
@@ -189,7 +192,7 @@ class SessionStore:
 
     def _check_idle(self, session: Session) -> None:
         if session.turn is not None:
-            raise UnavailableError(
+            raise BusyError(
                 f"session {session.session_id} is busy with another request: wait for its answer, or interrupt it with "
                 "session_stop"
             )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tritonmind import __version__
 from tritonmind.errors import TritonmindError
-from tritonmind_tools import bench, chat, check_env, convert, embedded_server, lite, triton_client
+from tritonmind_tools import api_server, bench, chat, check_env, convert, embedded_server, lite, triton_client
 
 _RED, _RESET = "\x1b[31m", "\x1b[0m"
 _INTERRUPTED = 130
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve_commands = serve.add_subparsers(title="commands", metavar="COMMAND", required=True)
     embedded_server.register(serve_commands)
     triton_client.register(serve_commands)
+    api_server.register(serve_commands)
     lite.register(commands)
     check_env.register(commands)
     bench.register(commands)

@@ -11,7 +11,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one response added to an answer. finish_reason is set on the last: stop, length or cancelled."""
+    """What one response added to an answer. finish_reason is set on the last: stop, length or cancelled.
+
+    index: which of the n answers to a request. logprobs, prompt_logprobs: a position each, as
+    `tritonmind.senders` writes them: {id: {logprob, rank, decoded_token}}, for the prompt in one response.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -20,6 +24,9 @@ class Delta:
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | None = None
+    index: int = 0
+    logprobs: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
 
 
 class Transport(Protocol):
