@@ -29,7 +29,9 @@ class KVCache(NamedTuple):
 class AttentionMetadata:
     """Where each token's K and V go, and what it attends to.
 
-    The first `num_decodes` tokens are one token each of that many sequences; the others are chunks of prompts.
+    The first `num_decodes` tokens are one token each of that many sequences; the others are chunks of prompts. In a
+    step for a graph all sizes are upper limits: decodes beyond the step's have context length 0, and their tokens are
+    those of prompts; prefills beyond have no tokens; and tokens of nobody follow.
     """
 
     num_decodes: int
@@ -38,11 +40,12 @@ class AttentionMetadata:
     decode_context_lens: torch.Tensor  # [num_decodes] int32, the new token included
     prefill_block_tables: torch.Tensor  # [num_prefills, max_blocks] int32
     prefill_context_lens: torch.Tensor  # [num_prefills] int32, the chunk included
-    prefill_cu_seqlens_q: torch.Tensor  # [num_prefills + 1] int32
-    max_query_len: int  # longest chunk, 0 without prefills
-    prefill_lens: list[tuple[int, int]]  # query_len and context_len of each prefill, on the host
+    prefill_cu_seqlens_q: torch.Tensor  # [num_prefills + 1] int32, where each one's tokens begin in the step
+    max_query_len: int  # at least the longest chunk, 0 without prefills
+    prefill_lens: list[tuple[int, int]] | None  # query_len and context_len of each prefill, as far as the host knows
     decode_plan: DecodePlan | None = None  # of the decodes on a GPU; the model adds it
     flat_pages: FlatPages | None = None  # of the prefills over int8 pages on a GPU; the model adds it
+    out: torch.Tensor | None = None  # of attention, in each layer the same, where there is padding; the model adds it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig, SchedulerConfig
-from tritonmind.engine.cuda_graph import batch_buckets, bucket_of
-from tritonmind.engine.input_builder import InputBuilder
+from tritonmind.engine.cuda_graph import MAX_PREFILLS, batch_buckets, bucket_of, token_buckets
+from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.model_runner import StepResult
 from tritonmind.engine.scheduler import SchedulerOutput
 from tritonmind.model_inputs import ModelInputs
@@ -82,7 +82,8 @@ class FakeExecutor:
 class InputsExecutor:
     """The same model behind the real input builder: it knows of a step only what the builder's tensors say.
 
-    A step of decodes runs as a graph would: in a bucket that may be larger, over tensors that are always the same.
+    A step runs as a graph would: in a bucket that may be larger, over tensors that are always the same. Of those with
+    prompts each second one does.
     """
 
     def __init__(self, num_blocks: int, block_size: int, limits: SchedulerConfig) -> None:
@@ -94,13 +95,23 @@ class InputsExecutor:
         self.max_tokens_in_a_step = 0
         self._builder = InputBuilder(cast(EngineConfig, config), torch.device("cpu"))
         self._buckets = batch_buckets(limits.max_num_seqs)
-        self._addresses: dict[int, list[int]] = {}
+        self._token_buckets = token_buckets(limits.max_num_batched_tokens)
+        self._addresses: dict[tuple[bool, int], list[int]] = {}
+        self._num_mixed = 0
 
     def execute(self, output: SchedulerOutput) -> FakeHandle:
         self.max_tokens_in_a_step = max(self.max_tokens_in_a_step, output.num_tokens)
-        step = self._builder.stage(output)
+        num_padded = 0
+        if output.prefills and len(output.prefills) <= MAX_PREFILLS:
+            self._num_mixed += 1
+            num_padded = bucket_of(self._token_buckets, output.num_tokens) if self._num_mixed % 2 else 0
+        step = self._builder.stage(output, num_padded)
         sampler = self._builder.sampler
-        if step.num_prefills:
+        if step.is_padded:
+            inputs = self._builder.padded_inputs(step.num_tokens, max_context_len=step.max_context_len)
+            self._check_padding(step, inputs, output.num_tokens)
+            sampling_rows = cast(torch.Tensor, inputs.logits_rows)[: step.num_samples].tolist()
+        elif step.num_prefills:
             inputs = self._builder.model_inputs(step)
             sampling_rows = cast(torch.Tensor, inputs.logits_rows).tolist()
         else:
@@ -127,8 +138,9 @@ class InputsExecutor:
             if length:
                 assert inputs.positions[row] == length - 1
                 answers[row] = self._read(attention.decode_block_tables[row], length)
-        ends = (attention.num_decodes + attention.prefill_cu_seqlens_q).tolist()
-        for number, (start, end) in enumerate(pairwise(ends)):
+        for number, (start, end) in enumerate(pairwise(attention.prefill_cu_seqlens_q.tolist())):
+            if start == end:
+                continue
             length = int(attention.prefill_context_lens[number])
             assert inputs.positions[start:end].tolist() == list(range(length - (end - start), length))
             answers[end - 1] = self._read(attention.prefill_block_tables[number], length)
@@ -145,9 +157,25 @@ class InputsExecutor:
         """A graph reads where it read when it was captured; its padding rows must touch nothing."""
         attention: Any = inputs.attention
         tensors = (inputs.token_ids, inputs.positions, attention.slot_mapping, attention.decode_context_lens)
-        addresses = [tensor.data_ptr() for tensor in (*tensors, attention.decode_block_tables)]
-        assert self._addresses.setdefault(bucket, addresses) == addresses
+        self._check_addresses((False, bucket), [*tensors, attention.decode_block_tables])
         assert inputs.logits_rows is None and all(len(tensor) == bucket for tensor in tensors)
         padding = [tensor[num_rows:].tolist() for tensor in tensors]
         num_padding = bucket - num_rows
         assert padding == [[0] * num_padding, [0] * num_padding, [-1] * num_padding, [0] * num_padding]
+
+    def _check_padding(self, step: Step, inputs: ModelInputs, num_tokens: int) -> None:
+        """The same of a step with prompts."""
+        attention, bucket = inputs.attention, step.num_tokens
+        tokens = inputs.token_ids, inputs.positions, attention.slot_mapping
+        rows = attention.decode_context_lens, attention.prefill_context_lens, attention.prefill_cu_seqlens_q
+        self._check_addresses((True, bucket), [*tokens, *rows, cast(torch.Tensor, inputs.logits_rows)])
+        assert all(len(tensor) == bucket for tensor in tokens)
+        padding = [tensor[num_tokens:].tolist() for tensor in tokens]
+        assert padding == [[fill] * (bucket - num_tokens) for fill in (0, 0, -1)]
+        assert not rows[0][step.num_decodes :].any() and not rows[1][step.num_prefills :].any()
+        assert (rows[2][step.num_prefills :] == num_tokens).all() and int(rows[2][0]) == step.num_decodes
+        assert int(cast(torch.Tensor, inputs.logits_rows).max()) < num_tokens and attention.prefill_lens is None
+
+    def _check_addresses(self, graph: tuple[bool, int], tensors: list[torch.Tensor]) -> None:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        assert self._addresses.setdefault(graph, addresses) == addresses

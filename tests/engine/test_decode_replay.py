@@ -1,4 +1,4 @@
-"""What a decode graph holds, run on a CPU: rows of padding change nothing, and nothing is read from the host."""
+"""What graphs hold, run on a CPU: rows of padding change nothing, and nothing is read from the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
 from tests.tolerances import assert_close
 from tritonmind.engine.decode_batch import FROM_DEVICE
 from tritonmind.engine.model_runner import ModelRunner, _Graphs
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.workspace import Workspace
 
 NUM_BLOCKS = 30
@@ -75,6 +75,7 @@ def _capture(runner: ModelRunner, max_context_len: int) -> None:
         lambda num_rows: runner._decode_greedily(num_rows, max_context_len),
         lambda num_rows: runner._decode(num_rows, max_context_len),
         lambda num_rows: runner._sampler.sample(runner.logits[:num_rows], greedy=False),
+        lambda num_tokens: runner._prefill(num_tokens, max_context_len),
     )
     runner._graphs = _Graphs(*map(Replays, functions))  # type: ignore[arg-type]
 
@@ -94,6 +95,33 @@ def test_a_step_out_of_graphs_equals_the_step(runner: ModelRunner, options: dict
     assert result.token_ids == expected.token_ids
     assert_close(runner.logits[:5].nan_to_num(nan=1e3, neginf=-10), logits)
     assert (result.logprobs is None) == ("num_logprobs" not in options)
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_bias": [(7, 4.0)]}], ids=["greedy", "edits"])
+def test_a_step_with_prompts_out_of_a_graph_equals_the_step(runner: ModelRunner, options: dict[str, Any]) -> None:
+    """Decodes, a whole prompt, and chunks of which one draws nothing, after a larger step has left its rows behind."""
+    runner.execute(prefills(prefill(sequences([20] * 8, NUM_BLOCKS), 20))).wait()
+    seqs = sequences([64, 130, 1, 70, 90, 30], NUM_BLOCKS, **options)
+    chunks = [*prefill(seqs[3:4], 70), *prefill(seqs[4:5], 11), ScheduledSequence(seqs[5], 0, 17, False)]
+    output = SchedulerOutput(decode(seqs[:3]).decodes, chunks)
+    before = [(cache.k.clone(), cache.v.clone()) for cache in runner.kv_caches]
+    drawn = runner.execute(output).wait().token_ids
+    expected = runner.logits[:5].clone()
+    written = [(cache.k.clone(), cache.v.clone()) for cache in runner.kv_caches]
+
+    with torch.inference_mode():
+        for cache, (k, v) in zip(runner.kv_caches, before, strict=True):
+            cache.k.copy_(k)
+            cache.v.copy_(v)
+    runner.logits.fill_(float("nan"))
+    _capture(runner, 130)
+    assert runner._padded_size(output) == 128, "101 tokens"
+    assert runner.execute(output).wait().token_ids == drawn
+    assert_close(runner.logits[:5], expected)
+    assert runner.logits.isfinite().all(), "padding read what nobody wrote"
+    for cache, (k, v) in zip(runner.kv_caches, written, strict=True):
+        assert_close(cache.k, k)
+        assert_close(cache.v, v)
 
 
 def test_a_bad_word_is_known_by_the_token_before_the_draw(runner: ModelRunner) -> None:

@@ -104,6 +104,32 @@ def test_graph_replay_equals_eager(
             assert replayed[row, token_id] == replayed[row].max() and expected[row, other] == expected[row].max()
 
 
+@pytest.mark.parametrize("options", [{}, SAMPLING, EDITS], ids=["greedy", "sampling", "edits"])
+@pytest.mark.parametrize(("num_decodes", "chunks"), [(0, [3]), (1, [64]), (5, [70, 1, 33]), (10, [246])], ids=str)
+def test_graph_of_a_step_with_prompts_equals_eager(
+    runner: ModelRunner, eager: ModelRunner, num_decodes: int, chunks: list[int], options: dict[str, Any]
+) -> None:
+    """Numbers of tokens on and between the buckets, prompts with and without tokens before."""
+    run(runner, prefills(prefill(sequences([20] * MAX_NUM_SEQS, NUM_BLOCKS), 20)))
+    copy_cache(runner, eager)
+    lengths = [*[200] * num_decodes, *(max(chunk, 90) for chunk in chunks)]
+    seqs = sequences(lengths, NUM_BLOCKS, **options)
+    items = [item for seq, chunk in zip(seqs[num_decodes:], chunks, strict=True) for item in prefill([seq], chunk)]
+    output = SchedulerOutput(decode(seqs[:num_decodes]).decodes, items)
+    assert runner._padded_size(output) and not eager._padded_size(output)
+    replayed, token_ids = run(runner, output)
+    expected, expected_ids = run(eager, output)
+    allowed = expected.isfinite()
+    assert torch.equal(replayed.isfinite(), allowed)
+    assert_close(replayed[allowed], expected[allowed])
+    for row, token_id, other in zip(range(len(seqs)), token_ids, expected_ids, strict=True):
+        if options is not SAMPLING:
+            assert replayed[row, token_id] == replayed[row].max() and expected[row, other] == expected[row].max()
+    for mine, theirs in zip(runner.kv_caches, eager.kv_caches, strict=True):
+        assert_close(mine.k, theirs.k)
+        assert_close(mine.v, theirs.v)
+
+
 @pytest.mark.parametrize("with_prompts", [False, True])
 def test_a_row_alone_equals_the_row_in_a_batch(runner: ModelRunner, with_prompts: bool) -> None:
     """Within the tolerance: matrix products and the split of attention depend on the batch's size."""

@@ -230,11 +230,11 @@ def _layer(dtype: torch.dtype, splits: int) -> None:
     triton_flat_pages.plan_group(_ints(8).view(4, 2), _ints(5), ints, ints, BLOCK_SIZE, 8, True)
     for scales in (None, _token_scales(pages), LAYER_SCALES):
         cache = pool if scales is None else pages
-        for flat in (None,) if scales is None else (None, FlatPages(pool, pool, [], ints[:2])):
+        for flat in (None,) if scales is None else (None, FlatPages(pool, pool, [], ints)):
             angles = torch.empty(16, HEAD_DIM)
             triton_rotary.rotary_kv_write(qkv, angles, ints.long(), ints, cache, cache, scales, flat, q)
         if scales is not None:
-            triton_flat_pages.flatten_pages(pages, pages, scales, ints, ints, pool, pool)
+            triton_flat_pages.flatten_pages(pages, pages, scales, ints, ints, ints, pool, pool)
     triton_activation.silu_mul(torch.empty(NUM_SEQS, 2 * HIDDEN, dtype=dtype), hidden)
     triton_gather.gather_rows(hidden, ints.long(), hidden)
 

@@ -19,13 +19,14 @@ def check(
     target: Target,
     *,
     block_size: int = 16,
+    num_before: int = 0,
     num_padding: int = 0,
 ) -> None:
-    """`num_padding` rows follow the last sequence; what they become is nobody's business."""
+    """num_before: rows of others, which stay. `num_padding` rows follow the last sequence: nobody's business."""
     num_heads, num_kv_heads, head_dim = heads
     pages = make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target)
-    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
-    num_tokens, scale = sum(query_lens), head_dim**-0.5
+    starts = torch.tensor([num_before, *query_lens]).cumsum(0).to(torch.int32)
+    num_tokens, scale = num_before + sum(query_lens), head_dim**-0.5
     q = 2 * target.randn(num_tokens + num_padding, num_heads, head_dim)
     out = torch.full_like(q, float("nan"))
     result = paged_prefill_attention(
@@ -44,7 +45,8 @@ def check(
     expected = reference.paged_prefill_attention(
         q.cpu().float(), k_cache.float(), v_cache.float(), block_tables, starts, lengths, softmax_scale=scale
     )
-    assert_close(out[:num_tokens], expected[:num_tokens], target.dtype)
+    assert out[:num_before].isnan().all()
+    assert_close(out[num_before:num_tokens], expected[num_before:num_tokens], target.dtype)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -62,7 +64,8 @@ def test_lengths(query_lens: list[int], context_lens: list[int], target: Target)
 
 
 def test_padding_rows(target: Target) -> None:
-    check((2, 1, 64), [4, 6], [4, 30], target, num_padding=5)
+    """Decodes before the prompts, sequences of nobody after them, and rows of nobody."""
+    check((2, 1, 64), [4, 6, 0, 0], [4, 30, 0, 0], target, num_before=21, num_padding=37)
 
 
 def test_pages_larger_than_a_tile(target: Target) -> None:
@@ -74,6 +77,8 @@ def test_pages_larger_than_a_tile(target: Target) -> None:
 def test_large(heads: tuple[int, int, int], block_size: int, gpu_target: Target) -> None:
     check(heads, [257, 1, 64, 0, 500], [257, 300, 64, 10, 1777], gpu_target, block_size=block_size)
     check(heads, [50, 3], [50, 1000], gpu_target, block_size=block_size)
+    lengths = [9, 300, *[0] * 30]
+    check(heads, lengths, lengths, gpu_target, block_size=block_size, num_before=250, num_padding=81)
     check(heads, [7, 16], [700, 16], gpu_target, block_size=block_size)
 
 
@@ -82,7 +87,7 @@ def test_large(heads: tuple[int, int, int], block_size: int, gpu_target: Target)
 def test_long_runs(heads: tuple[int, int, int], block_size: int, gpu_target: Target) -> None:
     """Which have a kernel of their own on Hopper: with a context, beside short ones, empty ones and padding."""
     query_lens, context_lens = [1700, 1, 64, 0, 300, 128], [2750, 300, 64, 10, 777, 128]
-    check(heads, query_lens, context_lens, gpu_target, block_size=block_size, num_padding=3)
+    check(heads, query_lens, context_lens, gpu_target, block_size=block_size, num_before=200, num_padding=3)
     check(heads, [2048], [2048], gpu_target, block_size=block_size)
 
 

@@ -1,7 +1,8 @@
-"""CUDA graphs by bucket of batch sizes, so that a step of decodes costs the host one launch or, with its draw, two.
+"""CUDA graphs by bucket of sizes, so that a step costs the host one launch or, with its draw, two.
 
-A step of n decodes runs in the smallest bucket of at least n rows. The rows beyond n are padding: they write no K and V
-(slot -1), attend to nothing (context length 0), and nothing is drawn for them.
+A step of n decodes runs in the smallest bucket of at least n rows, one with prompts in the smallest of at least as many
+tokens, if it is within the limits below. What is beyond the step is padding: it writes no K and V (slot -1), attends to
+nothing (context length 0, no queries), and nothing is drawn for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 
-NUM_WARM_UPS = 2  # compile the kernels, let cuBLAS take its workspace: neither may happen during a capture
+NUM_WARM_UPS = 1  # compile the kernels, let cuBLAS take its workspace: neither may happen during a capture
+# Of a step with prompts that a graph serves. Launching a larger one kernel by kernel takes the host less time than its
+# kernels take the card, and a longer query run may have a kernel of its own.
+MAX_TOKENS, MAX_PREFILLS, MAX_QUERY_LEN = 2048, 32, 1024
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -22,13 +26,19 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+def token_buckets(max_num_tokens: int) -> list[int]:
+    """Numbers of tokens that get a graph for steps with prompts, to whole tiles of the products' rows."""
+    largest = min(MAX_TOKENS, max_num_tokens)
+    return [size for size in (64, 128, 192, *range(256, largest, 128)) if size < largest] + [largest]
+
+
 def bucket_of(buckets: list[int], size: int) -> int:
     """The smallest bucket of at least `size`."""
     return buckets[bisect.bisect_left(buckets, size)]
 
 
 class GraphSet:
-    """Captured calls of one function of the batch size. It must read and write the same memory each time.
+    """Captured calls of one function of the bucket. It must read and write the same memory each time.
 
     Replays are in the order of the current stream. All sets of a runner share one memory pool: their replays must not
     overlap, and what one leaves for another lies outside the pool.

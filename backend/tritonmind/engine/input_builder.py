@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tritonmind.config import EngineConfig
+from tritonmind.engine.cuda_graph import MAX_PREFILLS, MAX_QUERY_LEN
 from tritonmind.engine.decode_batch import DecodeRows
 from tritonmind.engine.sampler import DRAWS, Sampler
 from tritonmind.engine.scheduler import SchedulerOutput
@@ -24,7 +25,8 @@ from tritonmind.sequence import Sequence
 class Step(NamedTuple):
     """Sizes of a step whose inputs are on the device.
 
-    wishes: what its sampling rows ask for, as Sampler.wishes. prefill_lens: query_len and context_len of each prefill.
+    num_tokens: padding included. wishes: what its sampling rows ask for, as Sampler.wishes. prefill_lens: query_len and
+    context_len of each prefill. is_padded: whether a graph for num_tokens tokens serves it, prefills and all.
     """
 
     num_decodes: int
@@ -35,6 +37,7 @@ class Step(NamedTuple):
     max_context_len: int
     wishes: int
     prefill_lens: list[tuple[int, int]]
+    is_padded: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -48,6 +51,7 @@ class InputBuilder:
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         limits, self._block_size = config.scheduler, config.cache.block_size
         max_num_seqs, max_num_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
         self.max_blocks = -(-limits.max_model_len // self._block_size)
         self._staging = StepStaging(
             max_num_seqs=max_num_seqs,
@@ -69,9 +73,9 @@ class InputBuilder:
             torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device),
         )
 
-    def stage(self, output: SchedulerOutput) -> Step:
-        """Send a step."""
-        return self._stage_mixed(output) if output.prefills else self._stage_decodes(output.decodes)
+    def stage(self, output: SchedulerOutput, num_padded: int = 0) -> Step:
+        """Send a step. num_padded: of one with prefills that a graph serves, the graph's number of tokens."""
+        return self._stage_mixed(output, num_padded) if output.prefills else self._stage_decodes(output.decodes)
 
     def finish(self, step: Step) -> PendingDraw:
         """Send what the step has drawn back to the host."""
@@ -115,7 +119,7 @@ class InputBuilder:
         self.sampler.stage(head)
         return head
 
-    def _stage_mixed(self, output: SchedulerOutput) -> Step:
+    def _stage_mixed(self, output: SchedulerOutput, num_padded: int) -> Step:
         rows, prefills = output
         num_decodes, num_prefills = len(rows.seqs), len(prefills)
         num_seqs, num_tokens = num_decodes + num_prefills, output.num_tokens
@@ -135,35 +139,41 @@ class InputBuilder:
             self._admit(item.seq, indices, blocks)
 
         head = self._staging.begin()
-        head.context_lens[:num_seqs] = contexts
-        head.seq_slots[:num_seqs] = slots
-        np.cumsum(query_lens[num_decodes:], dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
+        head.context_lens[:num_decodes] = contexts[:num_decodes]
+        head.seq_slots[:num_decodes] = rows.slots
+        head.prefill_context_lens[:num_prefills] = contexts[num_decodes:]
+        head.prefill_slots[:num_prefills] = slots[num_decodes:]
+        head.cu_seqlens_q[0] = num_decodes
+        head.cu_seqlens_q[1 : num_prefills + 1] = ends[num_decodes:]
+        head.cu_seqlens_q[num_prefills + 1 :] = num_tokens
         num_samples = int(samples.sum())
         head.logits_rows[:num_samples] = ends[samples] - 1
         head.sample_slots[:num_samples] = slots[samples]
         head.sample_positions[:num_samples] = contexts[samples]
         self.sampler.stage(head)
 
-        tail = self._staging.plan_tail(num_tokens, len(indices))
+        tail = self._staging.plan_tail(max(num_tokens, num_padded), len(indices))
         token_ids, positions, token_slots, tail_indices, tail_blocks = self._staging.host_tail(tail)
+        token_ids[num_tokens:], positions[num_tokens:], token_slots[num_tokens:] = 0, -1, 0
         token_ids[:num_decodes] = rows.token_ids
         for item, end in zip(prefills, ends[num_decodes:].tolist(), strict=True):
             chunk = item.seq.token_ids[item.start : item.start + item.num_new_tokens]
             token_ids[end - len(chunk) : end] = chunk
         # Position of each token: its sequence's start plus its index within the chunk.
-        positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
-        token_slots[:] = np.repeat(slots, query_lens)
+        positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
+        token_slots[:num_tokens] = np.repeat(slots, query_lens)
         tail_indices[:], tail_blocks[:] = indices, blocks
         self._send(tail)
         return Step(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
-            num_tokens=num_tokens,
+            num_tokens=tail.num_tokens,
             num_samples=num_samples,
             max_query_len=int(query_lens[num_decodes:].max()),
             max_context_len=int(contexts.max()),
             wishes=self.sampler.wishes(slots[samples]),
             prefill_lens=[(item.num_new_tokens, item.start + item.num_new_tokens) for item in prefills],
+            is_padded=num_padded > 0,
         )
 
     def stage_padding(self, num_decodes: int, prefill_lens: list[int], *, num_earlier: int = 0) -> Step:
@@ -176,11 +186,11 @@ class InputBuilder:
         contexts = [length + num_earlier for length in prefill_lens]
         assert max(contexts, default=0) <= self.max_blocks * self._block_size, "a chunk longer than a block table"
         head = self._staging.begin()
-        if num_prefills:
-            head.context_lens[:num_seqs] = [1] * num_decodes + contexts
-        np.cumsum(prefill_lens, dtype=np.int32, out=head.cu_seqlens_q[1 : num_prefills + 1])
-        head.logits_rows[:num_seqs] = 0
         num_tokens = num_decodes + sum(prefill_lens)
+        if num_prefills:
+            head.context_lens[:num_decodes] = 1
+            head.prefill_context_lens[:num_prefills] = contexts
+            head.cu_seqlens_q[: num_prefills + 1] = np.cumsum([num_decodes, *prefill_lens])
         if num_prefills:
             tail = self._staging.plan_tail(num_tokens, 1)
             parts = self._staging.host_tail(tail)
@@ -203,26 +213,49 @@ class InputBuilder:
 
     def model_inputs(self, step: Step) -> ModelInputs:
         """The inputs of a step with prefills."""
-        head, num_decodes = self._head, step.num_decodes
-        num_seqs = num_decodes + step.num_prefills
-        tables = self._block_tables.index_select(0, head.seq_slots[:num_seqs])
+        head, num_decodes, num_prefills = self._head, step.num_decodes, step.num_prefills
+        tokens = TokenInputs._make(tensor[: step.num_tokens] for tensor in self._tokens)
+        tables = [
+            self._block_tables.index_select(0, slots)
+            for slots in (head.seq_slots[:num_decodes], head.prefill_slots[:num_prefills])
+        ]
         if self._is_cpu:
-            tables = tables[:, : self._num_columns(step.max_context_len)]
+            tables = [table[:, : self._num_columns(step.max_context_len)] for table in tables]
         return ModelInputs(
-            token_ids=self._tokens.token_ids[: step.num_tokens],
-            positions=self._tokens.positions[: step.num_tokens],
+            token_ids=tokens.token_ids,
+            positions=tokens.positions,
             logits_rows=head.logits_rows[: step.num_samples],
             attention=AttentionMetadata(
                 num_decodes=num_decodes,
-                slot_mapping=self._tokens.slot_mapping[: step.num_tokens],
-                decode_block_tables=tables[:num_decodes],
+                slot_mapping=tokens.slot_mapping,
+                decode_block_tables=tables[0],
                 decode_context_lens=head.context_lens[:num_decodes],
-                prefill_block_tables=tables[num_decodes:],
-                prefill_context_lens=head.context_lens[num_decodes:num_seqs],
-                prefill_cu_seqlens_q=head.cu_seqlens_q[: step.num_prefills + 1],
+                prefill_block_tables=tables[1],
+                prefill_context_lens=head.prefill_context_lens[:num_prefills],
+                prefill_cu_seqlens_q=head.cu_seqlens_q[: num_prefills + 1],
                 max_query_len=step.max_query_len,
-                prefill_lens=step.prefill_lens,
+                prefill_lens=None if step.is_padded else step.prefill_lens,
             ),
+        )
+
+    def padded_inputs(self, num_tokens: int, *, max_context_len: int = 0) -> ModelInputs:
+        """The inputs of any step that was staged with num_padded=num_tokens, at the same addresses each time.
+
+        max_context_len: of the step, on a CPU.
+        """
+        num_rows = min(num_tokens, self._max_num_seqs)
+        return self.model_inputs(
+            Step(
+                num_decodes=num_rows,
+                num_prefills=min(MAX_PREFILLS, self._max_num_seqs),
+                num_tokens=num_tokens,
+                num_samples=num_rows,
+                max_query_len=min(num_tokens, MAX_QUERY_LEN),
+                max_context_len=max_context_len,
+                wishes=0,
+                prefill_lens=[],
+                is_padded=True,
+            )
         )
 
     def decode_inputs(self, num_rows: int, *, max_context_len: int = 0) -> ModelInputs:

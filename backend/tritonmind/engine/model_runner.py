@@ -14,7 +14,14 @@ import torch
 
 from tritonmind.config import EngineConfig, QuantPolicy
 from tritonmind.engine import kv_cache, logprobs
-from tritonmind.engine.cuda_graph import GraphSet, batch_buckets, bucket_of
+from tritonmind.engine.cuda_graph import (
+    MAX_PREFILLS,
+    MAX_QUERY_LEN,
+    GraphSet,
+    batch_buckets,
+    bucket_of,
+    token_buckets,
+)
 from tritonmind.engine.device import (
     check_device,
     check_memory_for_weights,
@@ -63,11 +70,13 @@ class _Graphs(NamedTuple):
 
     decode_greedily: a step of decodes that ask for nothing but the largest logit. decode, draw: the parts of any other,
     between which its logits may be changed; a draw looks at what each row asks for, which may be the largest logit.
+    prefill: what a step with prompts has instead of decode. Its buckets are of tokens, those of the others of rows.
     """
 
     decode_greedily: GraphSet
     decode: GraphSet
     draw: GraphSet
+    prefill: GraphSet
 
 
 class StepHandle:
@@ -127,6 +136,7 @@ class ModelRunner:
         self._spare_logits = self.logits.new_empty((num_spare, config.model.vocab_size))
         is_cuda = self.device.type == "cuda"
         self._buckets = batch_buckets(max_num_seqs)
+        self._token_buckets = token_buckets(config.scheduler.max_num_batched_tokens)
         self.kv_caches: list[KVCache] = []
         self.memory_plan: kv_cache.MemoryPlan
         self._graphs: _Graphs | None = None
@@ -139,7 +149,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepHandle:
         """Launch one step and return without waiting for it. At most NUM_BUFFERS - 1 handles may be unread before."""
-        step = self._builder.stage(output)
+        step = self._builder.stage(output, self._padded_size(output))
         if not (step.num_prefills or step.wishes):
             if self._graphs is not None:
                 self._graphs.decode_greedily.replay(bucket_of(self._buckets, step.num_decodes))
@@ -176,6 +186,10 @@ class ModelRunner:
 
         every_row: the hidden states of all tokens are wanted, for log-probabilities of a prompt.
         """
+        if step.is_padded:
+            assert self._graphs is not None
+            self._graphs.prefill.replay(step.num_tokens)
+            return None
         if not step.num_prefills:
             if self._graphs is not None:
                 self._graphs.decode.replay(bucket_of(self._buckets, step.num_decodes))
@@ -188,6 +202,29 @@ class ModelRunner:
         if step.num_samples:
             self.model.logits(hidden, rows if every_row else None, out=self.logits[: step.num_samples])
         return hidden
+
+    def _padded_size(self, output: SchedulerOutput) -> int:
+        """Tokens of the graph that serves a step with prompts; 0: it is launched kernel by kernel, or has none."""
+        prefills = output.prefills
+        if self._graphs is None or not prefills or len(prefills) > MAX_PREFILLS:
+            return 0
+        num_tokens = output.num_tokens
+        if num_tokens > self._token_buckets[-1] or max(item.num_new_tokens for item in prefills) > MAX_QUERY_LEN:
+            return 0
+        if any(item.seq.prompt_logprobs is not None for item in prefills):
+            return 0
+        if self._scratch is not None:
+            block_size = self.config.cache.block_size
+            num_pages = sum(-(-(item.start + item.num_new_tokens) // block_size) for item in prefills)
+            if num_pages > len(self._scratch[0]):
+                return 0
+        return bucket_of(self._token_buckets, num_tokens)
+
+    def _prefill(self, num_tokens: int, max_context_len: int = 0) -> None:
+        """Logits of a step with prompts, as InputBuilder.padded_inputs says: what a graph holds."""
+        inputs = self._builder.padded_inputs(num_tokens, max_context_len=max_context_len)
+        assert inputs.logits_rows is not None
+        self.model(inputs, self.kv_caches, out=self.logits[: len(inputs.logits_rows)])
 
     def _decode(self, num_rows: int, max_context_len: int = 0) -> None:
         """Logits of a step of decodes only, as InputBuilder.decode_inputs says: what a graph holds."""
@@ -311,17 +348,21 @@ class ModelRunner:
         del hidden
 
     def _capture(self) -> None:
-        """Capture whole steps of greedy decodes, and the parts of others, in one memory pool."""
+        """Capture whole steps of greedy decodes, and the parts of others, in one memory pool, the largest first."""
 
         def draw(num_rows: int) -> None:
             self._sampler.sample(self.logits[:num_rows], greedy=False)
 
         # What the steps before have left must not be computed again, over blocks that may be anyone's.
         self._builder.finish(self._builder.stage_padding(self.config.scheduler.max_num_seqs, []))
-        graphs = _Graphs(GraphSet(self._decode_greedily), GraphSet(self._decode), GraphSet(draw))
-        seconds = sum(graph_set.capture(self._buckets, self._graph_pool) for graph_set in graphs)
+        graphs = _Graphs(
+            GraphSet(self._decode_greedily), GraphSet(self._decode), GraphSet(draw), GraphSet(self._prefill)
+        )
+        seconds = graphs.prefill.capture(self._token_buckets, self._graph_pool)
+        seconds += sum(graph_set.capture(self._buckets, self._graph_pool) for graph_set in graphs[:-1])
         self._graphs = graphs
-        logger.info("%d batch sizes captured as graphs in %.1f s", len(self._buckets), seconds)
+        num_tokens, num_rows = len(self._token_buckets), len(self._buckets)
+        logger.info("%d sizes of steps with prompts, %d without, captured in %.1f s", num_tokens, num_rows, seconds)
 
     def _estimated_activation_bytes(self) -> int:
         """An upper estimate of what one full step allocates beside the cache: a layer's activations and the logits.

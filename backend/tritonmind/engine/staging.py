@@ -21,9 +21,11 @@ _ALIGNMENT = 4  # int32 words: vector loads want 16 bytes
 class HostHead(NamedTuple):
     """Views of the head that the host writes. By row of the step, but for `params` and `seeds`, by slot."""
 
-    context_lens: np.ndarray  # [max_num_seqs] int32, decodes first, then prefills; 0 pads
-    seq_slots: np.ndarray  # [max_num_seqs] int32, where each sequence's block table is
-    cu_seqlens_q: np.ndarray  # [max_num_seqs + 1] int32, of the prefills
+    context_lens: np.ndarray  # [max_num_seqs] int32, of the decodes; 0 pads
+    seq_slots: np.ndarray  # [max_num_seqs] int32, where each decode's block table is
+    prefill_context_lens: np.ndarray  # [max_num_seqs] int32; 0 pads
+    prefill_slots: np.ndarray  # [max_num_seqs] int32
+    cu_seqlens_q: np.ndarray  # [max_num_seqs + 1] int32, where each prefill's tokens begin in the step, and their end
     logits_rows: np.ndarray  # [max_num_seqs] int32, the token of each sampling sequence whose logits are wanted
     sample_slots: np.ndarray  # [max_num_seqs] int32, -1 pads
     sample_positions: np.ndarray  # [max_num_seqs] int32, index of the token to draw in its sequence
@@ -38,6 +40,8 @@ class DeviceHead(NamedTuple):
 
     context_lens: torch.Tensor
     seq_slots: torch.Tensor
+    prefill_context_lens: torch.Tensor
+    prefill_slots: torch.Tensor
     cu_seqlens_q: torch.Tensor
     logits_rows: torch.Tensor
     sample_slots: torch.Tensor
@@ -101,7 +105,7 @@ class StepStaging:
 
     def __init__(self, *, max_num_seqs: int, max_num_tokens: int, max_table_writes: int, device: torch.device) -> None:
         self._sizes = (
-            *(max_num_seqs,) * 2,
+            *(max_num_seqs,) * 4,
             max_num_seqs + 1,
             *(max_num_seqs,) * 5,
             NUM_PARAMS * max_num_seqs,
@@ -112,8 +116,8 @@ class StepStaging:
         self._is_cpu = device.type == "cpu"
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
         views = [self.device_words[start : start + size] for start, size in self._head_ranges()]
-        params, seeds = views[8].view(NUM_PARAMS, max_num_seqs), views[9].view(torch.int64)
-        self.device_head = DeviceHead._make([*views[:8], params, seeds])
+        *others, params, seeds = views
+        self.device_head = DeviceHead._make([*others, params.view(NUM_PARAMS, max_num_seqs), seeds.view(torch.int64)])
         self._device_head_words = self.device_words[: self._head_words]
         num_buffers = 1 if self._is_cpu else NUM_BUFFERS
         self._buffers = [self._make_buffer(max_num_seqs) for _ in range(num_buffers)]
@@ -131,8 +135,8 @@ class StepStaging:
         self._open(buffer)
         buffer.members = members
         head = buffer.head
-        head.context_lens.fill(0)
-        head.seq_slots.fill(0)
+        for part in head[: head._fields.index("sample_slots")]:
+            part.fill(0)
         head.sample_slots.fill(-1)
         return head
 
@@ -202,11 +206,12 @@ class StepStaging:
             words = torch.zeros(words.shape, dtype=words.dtype, pin_memory=True)
         array = words.numpy()
         views = [array[start : start + size] for start, size in self._head_ranges()]
+        *others, params, seeds = views
         token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=not self._is_cpu)
         return _Buffer(
             words=words,
             head_words=words[: self._head_words],
-            head=HostHead._make([*views[:8], views[8].reshape(NUM_PARAMS, -1), views[9].view(np.int64)]),
+            head=HostHead._make([*others, params.reshape(NUM_PARAMS, -1), seeds.view(np.int64)]),
             token_ids=token_ids,
             host_token_ids=token_ids.numpy(),
             event=None if self._is_cpu else torch.cuda.Event(),

@@ -182,7 +182,8 @@ def paged_prefill_attention(
     position context_lens[s] - 1. cu_seqlens_q: [S + 1] int32. context_lens: [S] int32. block_tables: [S, max_blocks]
     int32. max_query_len: at least the longest query run. flat: what plan_flat_pages made of these sequences, for caches
     that are uint8, on a GPU. Other arguments as for paged_decode_attention.
-    Returns out [T, H, D]. Rows beyond cu_seqlens_q[-1] (padding) are zeros on the CPU and unspecified on a GPU.
+    Returns out [T, H, D]. Rows before cu_seqlens_q[0] are left as they are. Those beyond cu_seqlens_q[-1] (padding) are
+    zeros on the CPU; on a GPU they are left as they are too.
     Raises ValueError for a wrong shape, dtype, device or layout.
     """
     _check(q, k_cache, v_cache, block_tables, context_lens, scales, out)
@@ -210,13 +211,10 @@ def paged_prefill_attention(
     from tritonmind.kernels import triton_flat_pages
 
     for group in flat.groups:
-        triton_flat_pages.flatten_pages(k_cache, v_cache, scales, group.blocks, group.pages, flat.k, flat.v)
-        # A step's prompts are one group but for rare ones: its host time is worth a branch.
-        rows, outputs = q, out
-        if len(flat.groups) > 1:
-            rows, outputs = (tensor[group.first_token : group.end_token] for tensor in (q, out))
+        copies = group.num_copies, group.blocks, group.pages
+        triton_flat_pages.flatten_pages(k_cache, v_cache, scales, *copies, flat.k, flat.v)
         triton_prefill_attention.paged_prefill_attention(
-            rows, flat.k, flat.v, group.block_tables, group.cu_seqlens_q, group.context_lens, group.max_query_len,
-            softmax_scale, outputs,
+            q, flat.k, flat.v, group.block_tables, group.cu_seqlens_q, group.context_lens,
+            group.max_query_len or max_query_len, softmax_scale, out,
         )  # fmt: skip
     return out

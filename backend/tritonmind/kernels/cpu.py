@@ -243,9 +243,12 @@ def paged_prefill_attention(
 ) -> torch.Tensor:
     """See attention.paged_prefill_attention."""
     pools = Pools(k_cache, v_cache, scales, q.dtype)
-    out = torch.zeros_like(q) if out is None else out.zero_()
-    block_size = k_cache.shape[2]
     starts = cu_seqlens_q.tolist()
+    if out is None:
+        out = torch.zeros_like(q)
+    else:
+        out[starts[0] :].zero_()
+    block_size = k_cache.shape[2]
     for row, context_len in enumerate(context_lens.tolist()):
         start, end = max(starts[row], starts[row + 1] - context_len), starts[row + 1]
         if start >= end:

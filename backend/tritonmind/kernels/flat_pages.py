@@ -20,17 +20,16 @@ from tritonmind.kernels.dispatch import check_block_tables, check_kv_pools, chec
 
 
 class PromptGroup(NamedTuple):
-    """Some of a step's prompts one after the other, whose queries are the step's from first_token to end_token.
+    """Some of a step's prompts one after the other.
 
-    Page pages[i] of the scratch is to be a copy of blocks[i]. The other tensors are the arguments of
-    paged_prefill_attention for the group alone, with the pages of the scratch.
+    Page pages[i] of the scratch is to be a copy of blocks[i], for i below num_copies. The other tensors are the
+    arguments of paged_prefill_attention for the group alone, with the pages of the scratch.
     """
 
-    first_token: int
-    end_token: int
-    max_query_len: int
-    blocks: torch.Tensor  # [num_copies] int32
-    pages: torch.Tensor  # [num_copies] int32
+    max_query_len: int  # 0: the host does not know
+    num_copies: torch.Tensor  # [1] int32
+    blocks: torch.Tensor  # [num_copies or more] int32
+    pages: torch.Tensor  # as many, int32
     block_tables: torch.Tensor  # [S, max_blocks] int32
     cu_seqlens_q: torch.Tensor  # [S + 1] int32
     context_lens: torch.Tensor  # [S] int32
@@ -39,8 +38,8 @@ class PromptGroup(NamedTuple):
 class FlatPages(NamedTuple):
     """A scratch of pages, [capacity, num_kv_heads, block_size, head_dim] each, and the groups that go through it.
 
-    slots: [T] int32, where in the scratch rotary_kv_write puts each of the prompts' new tokens, page * block_size +
-    offset; -1 nowhere.
+    slots: [T] int32, where in the scratch rotary_kv_write puts each of the step's tokens, page * block_size + offset;
+    -1 nowhere.
     """
 
     k: torch.Tensor
@@ -56,40 +55,48 @@ def plan_flat_pages(
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     *,
-    lens: Sequence[tuple[int, int]],
+    lens: Sequence[tuple[int, int]] | None,
+    num_tokens: int,
     written: bool = False,
 ) -> FlatPages | None:
     """Groups of prompts for the scratch k, v, once a step for all layers; None on a CPU, which needs none.
 
     The other tensors are those that paged_prefill_attention gets, on the device. lens: query_len and context_len of
-    each sequence, as the host knows them. written: rotary_kv_write gets the plan too. Raises ValueError for a wrong
+    each sequence, as the host knows them; None where it does not: then the caller knows that the scratch holds the
+    pages of all. num_tokens: of the step. written: rotary_kv_write gets the plan too. Raises ValueError for a wrong
     shape, dtype or device, or a sequence that does not fit the scratch.
     """
     check_kv_pools(k, v, k.dtype, block_tables.device)
     capacity, _, block_size, _ = k.shape
-    check_block_tables(block_tables, len(lens), k.device)
-    check_tensor("cu_seqlens_q", cu_seqlens_q, (len(lens) + 1,), torch.int32, k.device)
-    check_tensor("context_lens", context_lens, (len(lens),), torch.int32, k.device)
+    num_seqs = len(block_tables) if lens is None else len(lens)
+    check_block_tables(block_tables, num_seqs, k.device)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,), torch.int32, k.device)
+    check_tensor("context_lens", context_lens, (num_seqs,), torch.int32, k.device)
     if not use_triton(k):
         return None
     from tritonmind.kernels import triton_flat_pages
 
-    ranges = _groups([-(-context_len // block_size) for _, context_len in lens], capacity)
-    written = written and len(ranges) == 1
-    slots = torch.empty(sum(query_len for query_len, _ in lens), dtype=torch.int32, device=k.device)
+    slots = torch.full((num_tokens,), -1, dtype=torch.int32, device=k.device)
+    if lens is None:
+        sizes = [(0, num_seqs, 0, capacity)]
+    else:
+        ranges = _groups([-(-context_len // block_size) for _, context_len in lens], capacity)
+        written = written and len(ranges) == 1
+        sizes = [(first, end, *_sizes(lens[first:end], block_size, written)) for first, end in ranges]
     groups = []
-    first_token = 0
-    for first, end in ranges:
-        chosen, lengths = lens[first:end], context_lens[first:end]
-        num_copies = sum(-(-(context - query * written) // block_size) for query, context in chosen)
-        blocks, pages, tables, starts = triton_flat_pages.plan_group(
-            block_tables[first:end], cu_seqlens_q[first : end + 1], lengths, slots, block_size, num_copies, written
+    for first, end, max_query_len, max_copies in sizes:
+        starts, lengths = cu_seqlens_q[first : end + 1], context_lens[first:end]
+        plan = triton_flat_pages.plan_group(
+            block_tables[first:end], starts, lengths, slots, block_size, max_copies, written
         )
-        end_token = first_token + sum(query_len for query_len, _ in chosen)
-        longest = max(1, *(query_len for query_len, _ in chosen), 1)
-        groups.append(PromptGroup(first_token, end_token, longest, blocks, pages, tables, starts, lengths))
-        first_token = end_token
+        groups.append(PromptGroup(max_query_len, *plan, starts, lengths))
     return FlatPages(k, v, groups, slots)
+
+
+def _sizes(lens: Sequence[tuple[int, int]], block_size: int, written: bool) -> tuple[int, int]:
+    """The longest query run of a group, and how many pages are copied for it."""
+    num_copies = sum(-(-(context_len - query_len * written) // block_size) for query_len, context_len in lens)
+    return max(1, *(query_len for query_len, _ in lens), 1), num_copies
 
 
 def _groups(num_pages: Sequence[int], capacity: int) -> list[tuple[int, int]]:

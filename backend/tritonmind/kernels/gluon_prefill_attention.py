@@ -65,7 +65,7 @@ def _turn(turn):
 def _block_of(index, lengths, NUM_HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Head, sequence, its first query's row, its number of queries, the block's first query, context_len and tiles.
 
-    A block beyond a sequence's queries has no tiles, any other has one at least.
+    A block before or beyond a sequence's queries has no tiles, any other has one at least.
     """
     cu_seqlens_q_ptr, context_lens_ptr, num_seqs, num_blocks = lengths
     head = index % NUM_HEADS
@@ -77,7 +77,7 @@ def _block_of(index, lengths, NUM_HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BL
     context_len = gl.load(context_lens_ptr + seq)
     last_visible = gl.minimum(context_len - query_len + first_query + BLOCK_M, context_len)
     num_tiles = gl.maximum((last_visible + BLOCK_N - 1) // BLOCK_N, 1)
-    num_tiles = gl.where(first_query < query_len, num_tiles, 0)
+    num_tiles = gl.where((first_query >= 0) & (first_query < query_len), num_tiles, 0)
     return head, seq, start, query_len, first_query, context_len, num_tiles
 
 
@@ -254,7 +254,7 @@ def _long_prefill_kernel(
     v_desc,
     block_tables_ptr,
     block_table_stride,
-    cu_seqlens_q_ptr,  # [S + 1]
+    cu_seqlens_q_ptr,  # [S + 1], of which the first may be more than 0
     context_lens_ptr,  # [S]
     num_seqs,
     num_blocks,  # of BLOCK_M queries, at least as many as there are

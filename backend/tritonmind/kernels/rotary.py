@@ -43,9 +43,9 @@ def rotary_kv_write(
     partial sums of a product, [S, T, ...] fp32. cos_sin: [max_pos, head_dim]
     fp32, rows [cos | sin]. positions: [T] int64 or int32, below max_pos. slot_mapping: [T] int32, block * block_size +
     offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], updated in place.
-    scales: those of caches that are uint8; a token's own are written. flat: a plan for the last tokens, those of
-    prompts, which are written to its scratch too, as what is stored stands for; not on a CPU. dtype: of the queries,
-    for partial sums over such caches. out: [T, num_heads, head_dim]. Returns out, the rotated queries.
+    scales: those of caches that are uint8; a token's own are written. flat: a plan for these tokens, of which those of
+    prompts are written to its scratch too, as what is stored stands for; not on a CPU. dtype: of the queries, for
+    partial sums over such caches. out: [T, num_heads, head_dim]. Returns out, the rotated queries.
     Raises ValueError for a wrong shape, dtype, device or layout; position and slot values are the caller's promise.
     """
     if qkv.dim() == 3:
@@ -67,6 +67,8 @@ def rotary_kv_write(
         raise ValueError(
             f"k_cache has shape {tuple(k_cache.shape)}, expected [num_blocks, {num_kv_heads}, block_size, {head_dim}]"
         )
+    if flat is not None:
+        check_tensor("flat.slots", flat.slots, (num_tokens,), torch.int32, device)
     if out is not None:
         check_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}

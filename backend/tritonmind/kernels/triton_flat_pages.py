@@ -13,6 +13,7 @@ from tritonmind.kernels.triton_int8 import BIAS, kind_of, scale_arguments
 
 PLAN_BLOCK = 256  # sequences, and entries of a table, that are looked at together
 BLOCK_ELEMENTS = 4096  # of a page of K or V that a program copies at a time
+MAX_COPY_PROGRAMS = 32  # that share the pages of a head: enough to fill a card, few where there is nothing to copy
 
 
 @triton.jit(
@@ -27,11 +28,11 @@ def _plan_group_kernel(
     num_seqs,
     max_blocks,
     written,  # 1: new tokens go to their slots; 0: pages of theirs are copied too
-    blocks_ptr,  # [num_copies]
-    pages_ptr,  # [num_copies]
+    num_copies_ptr,  # [1]
+    blocks_ptr,  # [num_copies or more]
+    pages_ptr,
     tables_ptr,  # [S, max_blocks]
-    starts_ptr,  # [S + 1]
-    slots_ptr,  # of new tokens, found by cu_seqlens_q
+    slots_ptr,  # of the step's tokens, found by cu_seqlens_q
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -61,14 +62,12 @@ def _plan_group_kernel(
         tl.store(blocks_ptr + copy + column, block, mask=is_copy)
         tl.store(pages_ptr + copy + column, first + column, mask=is_copy)
         tl.store(tables_ptr + seq.to(tl.int64) * max_blocks + column, first + column, mask=column < num_pages)
-    for start in range(0, query_len, BLOCK):
+    for start in range(0, query_len * written, BLOCK):
         token = start + lane
-        slot = tl.where(written == 1, first * BLOCK_SIZE + context_len - query_len + token, -1)
+        slot = first * BLOCK_SIZE + context_len - query_len + token
         tl.store(slots_ptr + first_token + token, slot, mask=token < query_len)
-    begin = tl.load(cu_seqlens_q_ptr)
-    tl.store(starts_ptr + seq, first_token - begin)
     if seq == num_seqs - 1:
-        tl.store(starts_ptr + num_seqs, first_token + query_len - begin)
+        tl.store(num_copies_ptr, copy + num_copies)
 
 
 @triton.jit
@@ -79,8 +78,9 @@ def _flatten_kernel(
     v_scale,
     k_zero,
     v_zero,
-    blocks_ptr,  # [num_copies]
-    pages_ptr,  # [num_copies]
+    num_copies_ptr,  # [1]
+    blocks_ptr,  # [num_copies or more]
+    pages_ptr,
     k_ptr,  # [capacity, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     v_ptr,
     NUM_KV_HEADS: tl.constexpr,
@@ -92,27 +92,27 @@ def _flatten_kernel(
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
-    copy = tl.program_id(1)
     offset = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     element = offset[:, None] * HEAD_DIM + dim[None, :]
     inside = (dim < HEAD_DIM)[None, :] & (offset < BLOCK_SIZE)[:, None]
     pdl.wait(PDL)
     pdl.let_next_start(PDL)
-    block = tl.load(blocks_ptr + copy).to(tl.int64)
-    page = tl.load(pages_ptr + copy).to(tl.int64)
-    row = (block * NUM_KV_HEADS + head) * BLOCK_SIZE
-    k = tl.load(k_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
-    v = tl.load(v_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
-    if SCALES == "token":
-        k = k * tl.load(k_scale + row + offset, mask=offset < BLOCK_SIZE, other=0.0)[:, None]
-        v = v * tl.load(v_scale + row + offset, mask=offset < BLOCK_SIZE, other=0.0)[:, None]
-    else:
-        k = k * k_scale + k_zero
-        v = v * v_scale + v_zero
-    flat = (page * NUM_KV_HEADS + head) * BLOCK_SIZE * HEAD_DIM + element
-    tl.store(k_ptr + flat, k.to(k_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + flat, v.to(v_ptr.dtype.element_ty), mask=inside)
+    for copy in range(tl.program_id(1), tl.load(num_copies_ptr), tl.num_programs(1)):
+        block = tl.load(blocks_ptr + copy).to(tl.int64)
+        page = tl.load(pages_ptr + copy).to(tl.int64)
+        row = (block * NUM_KV_HEADS + head) * BLOCK_SIZE
+        k = tl.load(k_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
+        v = tl.load(v_cache_ptr + row * HEAD_DIM + element, mask=inside, other=0).to(tl.float32) - BIAS
+        if SCALES == "token":
+            k = k * tl.load(k_scale + row + offset, mask=offset < BLOCK_SIZE, other=0.0)[:, None]
+            v = v * tl.load(v_scale + row + offset, mask=offset < BLOCK_SIZE, other=0.0)[:, None]
+        else:
+            k = k * k_scale + k_zero
+            v = v * v_scale + v_zero
+        flat = (page * NUM_KV_HEADS + head) * BLOCK_SIZE * HEAD_DIM + element
+        tl.store(k_ptr + flat, k.to(k_ptr.dtype.element_ty), mask=inside)
+        tl.store(v_ptr + flat, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 def plan_group(
@@ -121,44 +121,47 @@ def plan_group(
     context_lens: torch.Tensor,
     slots: torch.Tensor,
     block_size: int,
-    num_copies: int,
+    max_copies: int,
     written: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """blocks, pages, block_tables and cu_seqlens_q of a PromptGroup, of its sequences' own; fills their slots."""
+    """num_copies, blocks, pages and block_tables of a PromptGroup, of its sequences' own; fills their slots."""
     num_seqs, max_blocks = block_tables.shape
     # Each begins where memory is aligned, as kernels are compiled for.
-    blocks, pages = (torch.empty(num_copies, dtype=torch.int32, device=block_tables.device) for _ in range(2))
+    num_copies, blocks, pages = (
+        torch.empty(size, dtype=torch.int32, device=block_tables.device) for size in (1, max_copies, max_copies)
+    )
     tables = torch.empty((num_seqs, max_blocks), dtype=torch.int32, device=block_tables.device)
-    starts = torch.empty_like(cu_seqlens_q)
     use_pdl = pdl.use_pdl(block_tables.device)
     _plan_group_kernel[(num_seqs,)](
         block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, num_seqs, max_blocks, int(written),
-        blocks, pages, tables, starts, slots,
+        num_copies, blocks, pages, tables, slots,
         BLOCK_SIZE=block_size, BLOCK=PLAN_BLOCK, PDL=use_pdl, num_warps=2, launch_pdl=use_pdl,
     )  # fmt: skip
-    return blocks, pages, tables, starts
+    return num_copies, blocks, pages, tables
 
 
 def flatten_pages(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     scales: KVScales,
+    num_copies: torch.Tensor,
     blocks: torch.Tensor,
     pages: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> None:
-    """Write what `blocks` of uint8 caches stand for to `pages` of k and v, in their dtype.
+    """Write what the first num_copies `blocks` of uint8 caches stand for to `pages` of k and v, in their dtype.
 
     The arguments are checked: by attention.paged_prefill_attention, and by flat_pages.plan_flat_pages.
     """
     _, num_kv_heads, block_size, head_dim = k.shape
     block_d = triton.next_power_of_2(head_dim)
     block_n = min(block_size, max(1, BLOCK_ELEMENTS // block_d))
-    if len(blocks):
+    num_programs = min(len(blocks), MAX_COPY_PROGRAMS)
+    if num_programs:
         use_pdl = pdl.use_pdl(k.device)
-        _flatten_kernel[(num_kv_heads, len(blocks), triton.cdiv(block_size, block_n))](
-            k_cache, v_cache, *scale_arguments(scales), blocks, pages, k, v,
+        _flatten_kernel[(num_kv_heads, num_programs, triton.cdiv(block_size, block_n))](
+            k_cache, v_cache, *scale_arguments(scales), num_copies, blocks, pages, k, v,
             NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_D=block_d, BLOCK_N=block_n,
             SCALES=kind_of(scales), PDL=use_pdl, num_warps=4, launch_pdl=use_pdl,
         )  # fmt: skip

@@ -98,7 +98,7 @@ def _prefill_kernel(
     v_cache_ptr,
     block_tables_ptr,
     block_table_stride,
-    cu_seqlens_q_ptr,  # [S + 1]
+    cu_seqlens_q_ptr,  # [S + 1], of which the first may be more than 0
     context_lens_ptr,  # [S]
     num_seqs,
     out_ptr,  # [T, NUM_HEADS, HEAD_DIM]
@@ -119,7 +119,7 @@ def _prefill_kernel(
     start = tl.load(cu_seqlens_q_ptr + seq)
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - start
     first_query = (block - start // BLOCK_M - seq) * BLOCK_M
-    if first_query >= query_len:
+    if (first_query < 0) | (first_query >= query_len):
         return
 
     context_len = tl.load(context_lens_ptr + seq)

@@ -18,7 +18,7 @@ BLOCK_ELEMENTS = 2048  # of a program: few enough to spread one token over the c
 
 # Slices of a step's metadata start anywhere: without this, a change of alignment would compile while serving.
 @triton.jit(
-    do_not_specialize=["num_tokens", "first_flat_token"],
+    do_not_specialize=["num_tokens"],
     do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"],
 )
 def _rotary_kv_write_kernel(
@@ -32,10 +32,9 @@ def _rotary_kv_write_kernel(
     v_scale,
     k_zero,
     v_zero,
-    flat_k_ptr,  # pages of prompts [capacity, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]; read when FLAT, as the next three
+    flat_k_ptr,  # pages of prompts [capacity, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]; used when FLAT, as the next two
     flat_v_ptr,
-    flat_slots_ptr,  # [num_tokens - first_flat_token]
-    first_flat_token,
+    flat_slots_ptr,  # [T]
     out_ptr,  # [T, NUM_HEADS, HEAD_DIM]
     num_tokens,
     NUM_HEADS: tl.constexpr,
@@ -100,8 +99,7 @@ def _rotary_kv_write_kernel(
         tl.store(v_cache_ptr + cached, stored_first, mask=inside & is_value)
         tl.store(v_cache_ptr + cached + HALF, stored_second, mask=inside & is_value)
         if FLAT:
-            prompt_token = token - first_flat_token
-            flat_slot = tl.load(flat_slots_ptr + prompt_token, mask=prompt_token >= 0, other=-1)
+            flat_slot = tl.load(flat_slots_ptr + token)
             if flat_slot >= 0:
                 flat_row = (flat_slot // BLOCK_SIZE).to(tl.int64) * NUM_KV_HEADS + kv_head
                 flat = (flat_row * BLOCK_SIZE + flat_slot % BLOCK_SIZE)[:, None] * HEAD_DIM + pair[None, :]
@@ -129,7 +127,7 @@ def rotary_kv_write(
     num_kv_heads, block_size = k_cache.shape[1:3]
     if num_tokens:
         pdl, block_half = use_pdl(qkv.device), triton.next_power_of_2(head_dim // 2)
-        scratch = (None, None, None, 0) if flat is None else (flat.k, flat.v, flat.slots, num_tokens - len(flat.slots))
+        scratch = (None, None, None) if flat is None else (flat.k, flat.v, flat.slots)
         block_heads = BLOCK_ELEMENTS // (2 * block_half)
         _rotary_kv_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
             qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *scale_arguments(scales),

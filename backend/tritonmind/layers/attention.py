@@ -27,12 +27,17 @@ def with_attention_plans(inputs: ModelInputs, kv_cache: KVCache, *, num_heads: i
             block_size=block_size, dtype=dtype, int8_kv=kv_cache.scales is not None,
         )  # fmt: skip
         metadata = dataclasses.replace(metadata, decode_plan=plan)
-    if metadata.prefill_lens and kv_cache.scratch is not None:
+    num_tokens = len(inputs.token_ids)
+    if metadata.max_query_len and kv_cache.scratch is not None:
         flat_pages = plan_flat_pages(
             *kv_cache.scratch, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
-            metadata.prefill_context_lens, lens=metadata.prefill_lens, written=True,
+            metadata.prefill_context_lens, lens=metadata.prefill_lens, num_tokens=num_tokens, written=True,
         )  # fmt: skip
         metadata = dataclasses.replace(metadata, flat_pages=flat_pages)
+    if metadata.prefill_lens is None:
+        # Nobody writes the rows of padding: they stay finite.
+        out = torch.zeros((num_tokens, num_heads, kv_cache.k.shape[3]), dtype=dtype, device=kv_cache.k.device)
+        metadata = dataclasses.replace(metadata, out=out)
     return dataclasses.replace(inputs, attention=metadata)
 
 
@@ -62,15 +67,16 @@ class Attention(nn.Module):
             flat=metadata.flat_pages, dtype=self.dtype,
         )  # fmt: skip
         num_decodes, num_tokens = metadata.num_decodes, q.shape[0]
-        if num_decodes == num_tokens:
+        if not metadata.max_query_len:
             return self._decode(q, kv_cache, metadata, None).view(num_tokens, -1)
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if metadata.out is None else metadata.out
+        # First, because it writes zeros for its padding, where prompts may have their tokens.
         if num_decodes:
             self._decode(q[:num_decodes], kv_cache, metadata, out[:num_decodes])
         paged_prefill_attention(
-            q[num_decodes:], kv_cache.k, kv_cache.v, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
+            q, kv_cache.k, kv_cache.v, metadata.prefill_block_tables, metadata.prefill_cu_seqlens_q,
             metadata.prefill_context_lens, max_query_len=metadata.max_query_len, softmax_scale=self.softmax_scale,
-            scales=kv_cache.scales, flat=metadata.flat_pages, out=out[num_decodes:],
+            scales=kv_cache.scales, flat=metadata.flat_pages, out=out,
         )  # fmt: skip
         return out.view(num_tokens, -1)
 

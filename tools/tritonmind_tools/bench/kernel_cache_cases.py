@@ -121,7 +121,9 @@ def _decode_attention(setting: Setting, point: Point, *, int8_kv: bool = False) 
 def _flat_pages(setting: Setting, point: Point, tables: torch.Tensor, starts: torch.Tensor) -> kernels.FlatPages | None:
     """The plan for prompts over int8 pages, with a scratch for all of them."""
     lens = [(point.query_len, point.context)] * point.num_seqs
-    return kernels.plan_flat_pages(*_kv_pools(setting, point), tables, starts, context_lens(setting, point), lens=lens)
+    return kernels.plan_flat_pages(
+        *_kv_pools(setting, point), tables, starts, context_lens(setting, point), lens=lens, num_tokens=point.num_tokens
+    )
 
 
 def _plan_flat_pages(setting: Setting, point: Point) -> Case:
@@ -129,7 +131,9 @@ def _plan_flat_pages(setting: Setting, point: Point) -> Case:
         tables, scratch = block_tables(setting, point), _kv_pools(setting, point)
         starts, lengths = indices(setting, point.num_seqs + 1) * point.query_len, context_lens(setting, point)
         lens = [(point.query_len, point.context)] * point.num_seqs
-        return lambda: kernels.plan_flat_pages(*scratch, tables, starts, lengths, lens=lens)
+        return lambda: kernels.plan_flat_pages(
+            *scratch, tables, starts, lengths, lens=lens, num_tokens=point.num_tokens
+        )
 
     return Case(point.num_seqs * 4 * (3 + 3 * -(-point.context // BLOCK_SIZE)), 0, make)
 
