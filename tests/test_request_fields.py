@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.backend.conftest import array_of
 from tritonmind.errors import InvalidRequestError
+from tritonmind.messages import GuidedDecoding
 from tritonmind.request_fields import OUTPUTS, ParsedRequest, SessionFields, parse_request
 from tritonmind.sampling_params import SamplingParams
 
@@ -210,18 +211,19 @@ def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None
         "skip_special_tokens": False,
         "num_logprobs": np.array([3], dtype=np.int32),
         "num_prompt_logprobs": np.array([1], dtype=np.int32),
+        "response_format": '{"type": "text"}',
     }
     expected = {
         "n": 2, "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "min_p": 0.25,
         "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
         "logit_bias": {17: 2.5, 3: -100.0}, "bad_words": ("a", "b c"), "seed": 7, "stop": ("x",),
         "include_stop": True, "stop_token_ids": (1,), "ignore_eos": True, "skip_special_tokens": False,
-        "num_logprobs": 3, "num_prompt_logprobs": 1,
+        "num_logprobs": 3, "num_prompt_logprobs": 1, "guided": None,
     }  # fmt: skip
     assert expected.keys() == set(SamplingParams.__struct_fields__), "an option without a tensor in this test"
     assert parsed(**tensors).params == SamplingParams(**expected)
     as_json = {**expected, "logprobs": expected["num_logprobs"], "include_stop_str_in_output": True}
-    del as_json["num_logprobs"], as_json["include_stop"]
+    del as_json["num_logprobs"], as_json["include_stop"], as_json["guided"]
     assert parsed(sampling_parameters=json.dumps(as_json)).params == SamplingParams(**expected)
 
 
@@ -229,6 +231,21 @@ def test_every_sampling_option_has_a_tensor_and_reaches_the_parameters() -> None
 def test_a_bad_logit_bias_is_named(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="logit_bias"):
         parsed({"logit_bias": text})
+
+
+def test_response_format_is_text_or_json_and_called_guided_within() -> None:
+    form = {"type": "regex", "regex": "a+"}
+    guided = GuidedDecoding("regex", "a+")
+    assert parsed(response_format=json.dumps(form)).params.guided == guided
+    assert parsed({"response_format": json.dumps(form)}).params.guided == guided
+    for value in (form, json.dumps(form)):
+        assert parsed(sampling_parameters=json.dumps({"response_format": value})).params.guided == guided
+    with pytest.raises(InvalidRequestError, match=r"response_format=.*contradicts"):
+        parsed({"response_format": json.dumps(form)}, response_format='{"type": "json_object"}')
+    with pytest.raises(InvalidRequestError, match=r"guided=.*unknown key"):
+        parsed(sampling_parameters=json.dumps({"guided": form}))
+    with pytest.raises(InvalidRequestError, match=r"response_format=.*`regex`"):
+        parsed(response_format='{"type": "regex"}')
 
 
 @pytest.mark.parametrize("name", ["image", "lora_name", "guided_decoding_guide", "embedding_request"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tritonmind.errors import ConfigError, InvalidRequestError
-from tritonmind.messages import EngineRequest
+from tritonmind.messages import EngineRequest, GuidedDecoding
 from tritonmind.sampling_params import MAX_SEED, GenerationDefaults, SamplingParams, resolve
 
 NEUTRAL = GenerationDefaults()
@@ -155,6 +155,21 @@ def test_bad_generation_config_is_named(tmp_path: Path, content: str, named: str
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="min_tokens=6"):
         SamplingParams(max_tokens=5, min_tokens=6)
+
+
+@pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_tokens": 1}, {"bad_words": ("a",)}])
+def test_what_may_leave_a_guided_answer_no_token_is_refused(options: dict[str, Any]) -> None:
+    [name] = options
+    with pytest.raises(InvalidRequestError, match=f"{name}=.*response_format"):
+        SamplingParams(guided=GuidedDecoding("json_object"), **options)
+
+
+def test_a_guided_request_is_checked_before_the_engine_gets_it() -> None:
+    guided, checked = GuidedDecoding("regex", "a+"), []
+    assert resolved(SamplingParams(guided=guided), check_guided=checked.append).guided == guided
+    assert checked == [guided]
+    with pytest.raises(InvalidRequestError, match=r"response_format=.*not available"):
+        resolved(SamplingParams(guided=guided))
 
 
 def test_min_tokens_is_at_most_what_the_context_has_left() -> None:

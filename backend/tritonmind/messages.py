@@ -14,6 +14,16 @@ MAX_LOGPROBS = (
 )
 
 
+class GuidedDecoding(msgspec.Struct, frozen=True):
+    """What an answer's text must be. spec: a JSON schema's text, a regular expression, a grammar in llguidance's Lark.
+
+    `tritonmind.guided.parse_response_format` makes it of what a user writes.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    spec: str = ""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request as the engine sees it: everything resolved, no text. What has a default has its neutral value there.
 
@@ -39,6 +49,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bad_words: list[list[int]] = []  # runs of token ids that must not come
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens, which then comes from no cache
     num_logprobs: int | None = None  # of the likeliest tokens, at most MAX_LOGPROBS; 0 is the drawn one only
+    guided: GuidedDecoding | None = None  # what the answer must be; it then ends at a stop token where it is that
 
     @property
     def has_penalty(self) -> bool:

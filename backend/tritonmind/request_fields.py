@@ -18,6 +18,7 @@ import numpy as np
 
 from tritonmind.chat_template import Message, parse_messages, parse_template_variables, parse_tools
 from tritonmind.errors import InvalidRequestError
+from tritonmind.guided import FIELD, parse_response_format
 from tritonmind.sampling_params import SamplingParams
 
 TritonType = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64", "TYPE_FP32"]
@@ -75,6 +76,7 @@ INPUTS = (
     TensorField("include_stop", "TYPE_BOOL", 1),
     TensorField("ignore_eos", "TYPE_BOOL", 1),
     TensorField("skip_special_tokens", "TYPE_BOOL", 1),
+    TensorField("response_format", "TYPE_STRING", 1),
     TensorField("num_logprobs", "TYPE_INT32", 1),
     TensorField("num_prompt_logprobs", "TYPE_INT32", 1),
     TensorField("return_token_ids", "TYPE_BOOL", 1),
@@ -125,9 +127,9 @@ _SPELLINGS = {
 _UNSUPPORTED = {
     "image": "models that see images are not served",
     "lora_name": "adapters are not served: merge the adapter into the checkpoint",
-    "guided_decoding_guide_type": "structured output is not available yet",
-    "guided_decoding_guide": "structured output is not available yet",
-    "structured_outputs": "structured output is not available yet",
+    "guided_decoding_guide_type": "send response_format instead",
+    "guided_decoding_guide": "send response_format instead",
+    "structured_outputs": "send response_format instead",
     "embedding_request": "embeddings are not served",
     "best_of": "send n requests and choose",
     "use_beam_search": "beam search is not available",
@@ -135,7 +137,9 @@ _UNSUPPORTED = {
 }
 # Outputs that a request gets when it asks for log-probabilities, or names them.
 _LOGPROB_OUTPUTS = frozenset({"logprobs", "cumulative_logprob"})
+# By what requests call them; what response_format asks for is called guided from then on.
 _SAMPLING_TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams)
+_SAMPLING_TYPES[FIELD] = _SAMPLING_TYPES.pop("guided")
 _FLAG_TYPES: dict[str, Any] = {field.name: bool for field in INPUTS if field.data_type == "TYPE_BOOL"}
 # Whole numbers of a request, each from 0 to the largest value of its tensor's type.
 _NUMBER_LIMITS = {"session_id": 2**64 - 1, "step": 2**31 - 1, "priority": 2**31 - 1}
@@ -236,6 +240,8 @@ class _Options:
         values = {name: value for name, (_, value) in self._given.items() if name in _SAMPLING_TYPES}
         if any(self.flag(f"return_{name}", False) for name in _LOGPROB_OUTPUTS):
             values.setdefault("num_logprobs", 0)
+        if FIELD in values:
+            values["guided"] = values.pop(FIELD)
         return SamplingParams(**values)
 
 
@@ -381,6 +387,8 @@ def _json_options(text: str) -> dict[str, Any]:
 
 def _convert(name: str, value: Any) -> Any:
     """Lenient where benchmark clients are: numbers and booleans may be written as strings, one stop string as such."""
+    if name == FIELD:
+        return parse_response_format(value)
     if name in ("stop", "bad_words") and isinstance(value, str):
         value = [value]
     try:

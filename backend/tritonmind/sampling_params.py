@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from tritonmind.errors import ConfigError, InvalidRequestError
-from tritonmind.messages import MAX_LOGPROBS, EngineRequest
+from tritonmind.messages import MAX_LOGPROBS, EngineRequest, GuidedDecoding
 
 MAX_STRINGS = 64  # of stop, and of bad_words
 MAX_STRING_LENGTH = 1024
@@ -43,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_prompt_logprobs: log-probabilities of the prompt's tokens, as num_logprobs.
     num_logprobs: log-probabilities of the drawn token and of so many of the likeliest at each position; 0 is the first
     alone.
+    guided: what the answer must be, as `tritonmind.guided.parse_response_format` reads it.
     """
 
     n: int = 1
@@ -65,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    guided: GuidedDecoding | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_ANSWERS:
@@ -121,6 +123,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             number = getattr(self, name)
             if number is not None and not 0 <= number <= MAX_LOGPROBS:
                 raise InvalidRequestError(name, number, f"must be 0 to {MAX_LOGPROBS}")
+        for name in ("ignore_eos", "min_tokens", "bad_words"):
+            if self.guided is not None and getattr(self, name):
+                raise InvalidRequestError(
+                    name, getattr(self, name), "beside response_format, which may allow no other token: leave one out"
+                )
 
 
 def _check_strings(name: str, texts: tuple[str, ...]) -> None:
@@ -176,11 +183,13 @@ def resolve(
     max_model_len: int,
     eos_token_ids: Sequence[int],
     encode_word: Callable[[str], list[list[int]]],
+    check_guided: Callable[[GuidedDecoding], None] | None = None,
 ) -> EngineRequest:
     """Settle every option that the request left open and check what depends on the model.
 
     max_tokens becomes at most what the context of max_model_len tokens has left after the prompt. A request without a
-    seed gets a random one. encode_word: the runs of token ids that a bad word may be written as. Raises
+    seed gets a random one. encode_word: the runs of token ids that a bad word may be written as. check_guided: raises
+    InvalidRequestError unless answers can be held to it; as GrammarCompiler.check. Raises
     InvalidRequestError for a prompt that is empty, too long or has ids outside the vocabulary.
     """
     length = len(prompt_token_ids)
@@ -203,6 +212,10 @@ def resolve(
     for name in ("num_logprobs", "num_prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
             raise InvalidRequestError(name, getattr(params, name), f"the vocabulary has {vocab_size} tokens")
+    if params.guided is not None:
+        if check_guided is None:
+            raise InvalidRequestError("response_format", params.guided.kind, "is not available here: leave it out")
+        check_guided(params.guided)
     left = max_model_len - length
     max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
     stop_token_ids = set(params.stop_token_ids)
@@ -228,6 +241,7 @@ def resolve(
         bad_words=[run for word in params.bad_words for run in encode_word(word)],
         num_prompt_logprobs=params.num_prompt_logprobs,
         num_logprobs=params.num_logprobs,
+        guided=params.guided,
     )
 
 

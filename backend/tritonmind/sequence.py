@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from enum import Enum, auto
 
+from tritonmind.grammars import Guide
 from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob
 
 
@@ -32,6 +33,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "guide",
         "has_drawn",
         "num_cached_tokens",
         "num_committed_blocks",
@@ -71,6 +73,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_token_ids = frozenset(request.stop_token_ids)
+        self.guide: Guide | None = None  # which tokens its answer may go on with; None: with any
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if request.num_prompt_logprobs is None else [None] * self.num_prompt_tokens
         )

@@ -21,6 +21,7 @@ import msgspec
 from tritonmind.chat_template import ChatTemplate
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CancelledError, DeadlineError, NotFoundError, TritonmindError, UnavailableError
+from tritonmind.grammars import GrammarCompiler
 from tritonmind.live_request import Answer, Choice, LiveRequest, Responder
 from tritonmind.metrics import Metrics
 from tritonmind.prompts import PromptBuilder
@@ -76,6 +77,7 @@ class RequestServer:
         self.num_finals = 0
         self._tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, chat_template)
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
         self._defaults = defaults
         self._model = model
         self._sessions = sessions
@@ -228,6 +230,7 @@ class RequestServer:
                 max_model_len=client.info.max_model_len,
                 eos_token_ids=self._model.eos_token_ids,
                 encode_word=self._tokenizer.encode_word,
+                check_guided=self._grammars.check,
             )
             first = msgspec.structs.replace(first, priority=live.request.priority or self._default_priority)
             live.prompt_token_ids = token_ids

@@ -23,7 +23,7 @@ DTYPES: dict[str, Any] = {
     "TYPE_UINT64": np.uint64,
     "TYPE_FP32": np.float32,
 }
-JSON_KEYS = SamplingParams.__struct_fields__
+JSON_KEYS = (*(name for name in SamplingParams.__struct_fields__ if name != "guided"), "response_format")
 UNSUPPORTED_KEYS = ("structured_outputs", "best_of", "use_beam_search", "beam_width")  # no tensor has their name
 # These stand for something else than an option of an answer, or are refused whatever they say: drawn apart.
 _APART = {
@@ -57,6 +57,9 @@ _RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "timeout_ms": st.sampled_from([0, 20_000, 1]),
     "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1).map(str), st.floats(-100, 100), max_size=4).map(json.dumps),
     "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=4),
+    "response_format": st.sampled_from(
+        ['{"type": "text"}', '{"type": "json_object"}', '{"type": "regex", "regex": "[ab]{1,3}"}']
+    ),
 }
 
 _HUGE_TEXT = "x" * 300_000
@@ -68,6 +71,7 @@ _ODD_TEXTS = [
     '{"seed": -1}', '{"min_tokens": 1e18}', f'{{"max_tokens": {10**40}}}', f'{{"top_k": {10**40}}}',
     f'{{"min_tokens": {2**70}}}', '{"temperature": 1e-300}', '{"temperature": 1e300}', '{"repetition_penalty": 1e300}',
     '{"repetition_penalty": 1e-300}', '{"logit_bias": {"1": 1e999}}', '{"logit_bias": {"-1": 1}}', '{"1": 101}',
+    '{"type": "regex", "regex": "("}', '{"type": "json_schema", "json_schema": {"schema": {"minimum": "a"}}}',
     '{"stop": "\\ud83d"}', '{"bad_words": ["\\udc00"]}', '{"prompt_logprobs": 3}', '{"best_of": 2}',
     json.dumps({"stop": ["x"] * 5000}), json.dumps({"bad_words": [_HUGE_TEXT]}),
     json.dumps({"logit_bias": {str(number): 1 for number in range(5000)}}), '{"n": 128, "max_tokens": 60}',

@@ -24,7 +24,7 @@ DEVICES = [("cpu", 0), ("cpu", 1), pytest.param(("cuda", 1), marks=pytest.mark.g
 class Served:
     """A tiny model in the engine, and in Transformers."""
 
-    def __init__(self, directory: Path, device: str, async_depth: int) -> None:
+    def __init__(self, directory: Path, device: str, async_depth: int, **overrides: Any) -> None:
         self.reference = make_llama_checkpoint(directory / "checkpoint", seed=11, head_dim=64, hidden=128).to(device)
         self.device = device
         path = convert(directory / "checkpoint", directory / "workspace", "--weight-type", "fp32")
@@ -32,9 +32,7 @@ class Served:
             str(path),
             in_process=True,
             device=device,
-            cache_max_entry_count=60,
-            max_num_batched_tokens=64,
-            max_num_seqs=4,
+            **{"cache_max_entry_count": 60, "max_num_batched_tokens": 64, "max_num_seqs": 4, **overrides},
             async_depth=async_depth,
         )
 

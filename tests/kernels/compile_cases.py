@@ -11,6 +11,7 @@ import torch
 from tritonmind.kernels import (
     SamplingState,
     gluon_linear,
+    mask_words,
     triton_activation,
     triton_decode_attention,
     triton_decode_plan,
@@ -25,6 +26,7 @@ from tritonmind.kernels import (
     triton_rotary,
     triton_sampling,
     triton_step_inputs,
+    triton_token_mask,
     triton_w4_linear,
     tuning,
     w4_layout,
@@ -247,6 +249,7 @@ def _sampling(dtype: torch.dtype, vocab_size: int, greedy: bool) -> None:
     triton_sampling.sample_tokens(logits, slots, slots, state, greedy, ids, ids)
     triton_logit_edits.edit_logits(logits, slots, slots, values, slots, slots, ids)
     triton_logprobs.token_logprobs(logits, ids)
+    triton_token_mask.mask_tokens(logits, slots, torch.zeros(NUM_SEQS, mask_words(vocab_size), dtype=torch.int32))
 
 
 def _step_inputs() -> None:

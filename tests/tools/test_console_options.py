@@ -19,7 +19,9 @@ def parsed(line: str) -> dict[str, Any]:
 
 
 def test_every_field_has_an_option_unless_nothing_of_it_would_show() -> None:
-    assert set(OPTIONS) | {"n", "num_logprobs", "num_prompt_logprobs"} == set(SamplingParams.__struct_fields__)
+    assert set(OPTIONS) | {"n", "num_logprobs", "num_prompt_logprobs", "guided"} == set(
+        SamplingParams.__struct_fields__
+    )
 
 
 def test_command_line() -> None:

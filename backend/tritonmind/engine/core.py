@@ -2,6 +2,8 @@
 
 A step: schedule -> launch -> (with `async_depth` steps already in flight) wait for the oldest -> update. The outputs of
 a step therefore come `async_depth` calls later; `step` keeps being called until nothing is live and nothing in flight.
+The draw of a step with guided answers is launched after the update, by which the tokens before are known; meanwhile the
+device computes the step's logits.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from tritonmind.config import EngineConfig, SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.device import resolve_device
 from tritonmind.engine.executor import Executor
+from tritonmind.engine.guides import GuideQueue
 from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
 from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
-from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, StepOutputs, TokenOutput
+from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, StepOutputs, TokenOutput
 from tritonmind.model_source import ModelSource
+
+# How long a step that has nothing else to do waits for a grammar to be compiled.
+GUIDE_WAIT_S = 0.01
 
 
 class _InFlight(NamedTuple):
@@ -33,6 +39,8 @@ class EngineCore:
     def __init__(self, source: ModelSource, config: EngineConfig) -> None:
         limits = resolve_limits(config)
         self.config = config = dataclasses.replace(config, scheduler=limits)
+        self._guides = GuideQueue(source)
+        self._guides.prepare()  # while the model is loaded
         self.executor = Executor(source, config)
         runner = self.executor.runner
         self.block_manager = BlockManager(
@@ -68,38 +76,50 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_live > 0 or bool(self._in_flight)
+        return self.scheduler.num_live > 0 or bool(self._in_flight) or len(self._guides) > 0
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that the client has validated."""
-        self.scheduler.add(request)
+        """Queue a request that the client has validated, a guided one when its grammar is compiled."""
+        if request.guided is None:
+            self.scheduler.add(request)
+        else:
+            self._guides.add(request)
 
     def abort(self, request_ids: Iterable[int]) -> list[TokenOutput]:
         """End requests now; their last outputs. Unknown ids are ignored."""
+        request_ids = list(request_ids)
         outputs = self.scheduler.abort(request_ids)
+        for request in self._guides.remove(request_ids):
+            outputs.append(_ended(request, "cancelled"))
         self._count(outputs)
         return outputs
 
     def step(self) -> StepOutputs:
         """Launch one step if anything can run, and give the outputs of the oldest one if it is due."""
         begin = time.thread_time()
+        failed = self._add_guided() if self._guides else []
         output = self.scheduler.schedule()
-        launches = output.num_tokens > 0
-        if launches:
-            self._in_flight.append(_InFlight(output, self.executor.execute(output)))
+        launched = self.executor.execute(output) if output.num_tokens > 0 else None
+        if launched is not None:
+            self._in_flight.append(_InFlight(output, launched))
             self._num_steps += 1
+            if len(self._in_flight) == 1:
+                failed += self._draw(launched)
         self._step_cpu_s += time.thread_time() - begin
-        if launches and len(self._in_flight) <= self.async_depth:
-            return StepOutputs()
+        if launched is not None and len(self._in_flight) <= self.async_depth:
+            return StepOutputs(outputs=failed)
         if not self._in_flight:
             assert self.scheduler.num_live == 0, "live sequences, but nothing can be scheduled"
-            return StepOutputs()
+            return StepOutputs(outputs=failed)
         due = self._in_flight.popleft()
         result = due.handle.wait()  # spins: no work of ours
         begin = time.thread_time()
         outputs = self.scheduler.update(due.output, *result)
         self._num_generated_tokens += len(outputs.token_ids)
         self._count(outputs.outputs)
+        if launched is not None and self._in_flight:
+            failed += self._draw(launched)
+        outputs.outputs.extend(failed)
         self._step_cpu_s += time.thread_time() - begin
         return outputs
 
@@ -118,7 +138,7 @@ class EngineCore:
         blocks = self.block_manager
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._guides),
             num_blocks=blocks.num_blocks,
             num_free_blocks=blocks.num_free_blocks,
             num_cached_blocks=blocks.num_cached_blocks,
@@ -133,6 +153,27 @@ class EngineCore:
             step_cpu_s=self._step_cpu_s,
         )
 
+    def _add_guided(self) -> list[TokenOutput]:
+        """Queue the guided requests whose grammars are compiled. Returns the last outputs of those that have none."""
+        idle = not self._in_flight and not self.scheduler.num_live
+        outputs = []
+        for request, guide, error in self._guides.take(GUIDE_WAIT_S if idle else 0.0):
+            if guide is None:
+                outputs.append(_ended(request, "error", error))
+            else:
+                self.scheduler.add(request, guide)
+        self._count(outputs)
+        return outputs
+
+    def _draw(self, handle: StepHandle) -> list[TokenOutput]:
+        """Launch a step's draw if it has waited. Returns the last outputs of guided requests that cannot go on."""
+        outputs = []
+        for seq in handle.draw():
+            assert seq.guide is not None and seq.guide.error is not None
+            outputs.append(self.scheduler.fail(seq, seq.guide.error))
+        self._count(outputs)
+        return outputs
+
     def _count(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
             self._num_generated_tokens += len(output.token_ids)
@@ -140,6 +181,17 @@ class EngineCore:
                 self._num_finished += 1
                 self._num_prompt_tokens += output.num_prompt_tokens
                 self._num_cached_tokens += output.num_cached_tokens
+
+
+def _ended(request: EngineRequest, reason: FinishReason, error: str | None = None) -> TokenOutput:
+    """The only output of a request that never came to the scheduler."""
+    return TokenOutput(
+        request_id=request.request_id,
+        token_ids=[],
+        num_prompt_tokens=len(request.prompt_token_ids),
+        finish_reason=reason,
+        error=error,
+    )
 
 
 def resolve_limits(config: EngineConfig) -> SchedulerConfig:

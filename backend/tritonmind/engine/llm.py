@@ -11,6 +11,7 @@ from typing import TypeAlias
 from tritonmind.chat_template import Message, load_chat_template
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, UnavailableError
+from tritonmind.grammars import GrammarCompiler
 from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from tritonmind.model_source import open_model
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve, siblings
@@ -87,6 +88,9 @@ class LLM:
         self.tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
         self.chat_template = load_chat_template(source.tokenizer_dir, self.tokenizer.special_tokens)
         self.defaults = GenerationDefaults.from_dir(source.tokenizer_dir)
+        self._grammars = GrammarCompiler(
+            self.tokenizer, vocab_size=self.model.vocab_size, eos_token_ids=self.model.eos_token_ids
+        )
         self.engine = start_engine(model_path, dict(overrides), in_process=in_process)
 
     def __enter__(self) -> LLM:
@@ -149,6 +153,7 @@ class LLM:
             max_model_len=self.engine.info.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
             encode_word=self.tokenizer.encode_word,
+            check_guided=self._grammars.check,
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:

@@ -6,8 +6,10 @@ seen it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,9 +35,10 @@ from tritonmind.engine.device import (
 from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
-from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS
+from tritonmind.engine.sampler import DRAWS, EDITS, GUIDED, LOGPROBS
 from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
 from tritonmind.engine.staging import PendingDraw
+from tritonmind.engine.token_masks import TokenMasks
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import attention_variants, token_logprobs
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
@@ -43,6 +46,7 @@ from tritonmind.model_inputs import KVCache
 from tritonmind.model_source import ModelSource
 from tritonmind.models.llama import HiddenStates
 from tritonmind.models.weight_loader import load_model
+from tritonmind.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -79,26 +83,44 @@ class _Graphs(NamedTuple):
     prefill: GraphSet
 
 
+class _Drawn(NamedTuple):
+    """What a step draws, on its way to the host. failed: guided sequences that cannot go on."""
+
+    token_ids: PendingDraw
+    logprobs: logprobs.PendingLogprobs | None = None
+    failed: tuple[Sequence, ...] = ()
+
+
 class StepHandle:
-    """A launched step."""
+    """A launched step. One with guided answers waits with its draw for `draw`."""
 
     def __init__(
         self,
-        token_ids: PendingDraw,
-        draws: logprobs.PendingLogprobs | None = None,
+        drawn: _Drawn | Callable[[], _Drawn],
         prompts: list[list[logprobs.PendingLogprobs]] | None = None,
     ) -> None:
-        self._token_ids = token_ids
-        self._draws = draws
+        self._drawn = drawn
         self._prompts = prompts
+
+    def draw(self) -> list[Sequence]:
+        """Launch the draw, if it is not: the tokens of all steps before must be known. Before that nobody may `wait`.
+
+        Returns guided sequences that cannot go on: their guides say why, and their tokens mean nothing.
+        """
+        if isinstance(self._drawn, _Drawn):
+            return []
+        self._drawn = self._drawn()
+        return list(self._drawn.failed)
 
     def wait(self) -> StepResult:
         """Block until the step's results are on the host; later steps go on."""
-        token_ids = self._token_ids.wait()
+        assert isinstance(self._drawn, _Drawn), "a guided step was not drawn"
+        token_ids = self._drawn.token_ids.wait()
         prompts = None
         if self._prompts is not None:
             prompts = [[row for part in parts for row in part.take() if row is not None] for parts in self._prompts]
-        return StepResult(token_ids, None if self._draws is None else self._draws.take(), prompts)
+        draws = self._drawn.logprobs
+        return StepResult(token_ids, None if draws is None else draws.take(), prompts)
 
 
 class ModelRunner:
@@ -132,6 +154,7 @@ class ModelRunner:
         self._sampler = self._builder.sampler
         self.logits = torch.zeros((max_num_seqs, config.model.vocab_size), dtype=self.dtype, device=self.device)
         self._editor = LogitEditor()
+        self._masks = TokenMasks(vocab_size=config.model.vocab_size, max_num_seqs=max_num_seqs, device=self.device)
         num_spare = max(max_num_seqs, PROMPT_LOGPROB_ROWS)
         self._spare_logits = self.logits.new_empty((num_spare, config.model.vocab_size))
         is_cuda = self.device.type == "cuda"
@@ -155,31 +178,50 @@ class ModelRunner:
                 self._graphs.decode_greedily.replay(bucket_of(self._buckets, step.num_decodes))
             else:
                 self._decode_greedily(step.num_decodes, step.max_context_len)
-            return StepHandle(self._builder.finish(step))
+            return StepHandle(_Drawn(self._builder.finish(step)))
         hidden = self._forward(step, every_row=any(item.seq.prompt_logprobs is not None for item in output.prefills))
         prompts = None
         if hidden is not None:
             prompts = logprobs.of_prompts(self.model, hidden, output.prefills, self._spare_logits)
-        draws = None
-        if step.wishes & (EDITS | LOGPROBS):
-            draws = self._edit_and_sample(step, [item for item in output.items if item.samples])
+        # As long as the handle keeps it, a step that draws later keeps its hidden states too.
+        draw = functools.partial(self._draw, step, output, hidden)
+        return StepHandle(draw if step.wishes & GUIDED else draw(), prompts)
+
+    @torch.inference_mode()
+    def _draw(self, step: Step, output: SchedulerOutput, hidden: HiddenStates | None) -> _Drawn:
+        """Draw from the step's logits and send the tokens home."""
+        draws: logprobs.PendingLogprobs | None = None
+        failed: list[Sequence] = []
+        if step.wishes & (EDITS | LOGPROBS | GUIDED):
+            sampling = [item for item in output.items if item.samples]
+            failed = self._edit(step, sampling)
+            self._sample(step)
+            draws = self._logprobs(step, sampling)
         elif step.num_samples:
             self._sample(step)
         # Last, because to wait for it is to know that all that the step sends is on the host.
-        return StepHandle(self._builder.finish(step), draws, prompts)
+        return _Drawn(self._builder.finish(step), draws, tuple(failed))
 
-    def _edit_and_sample(self, step: Step, sampling: list[ScheduledSequence]) -> logprobs.PendingLogprobs | None:
-        """Change the logits as the requests say, and draw. Log-probabilities are those of the model all the same."""
+    def _edit(self, step: Step, sampling: list[ScheduledSequence]) -> list[Sequence]:
+        """Change the logits as the requests say. Returns guided sequences that cannot go on.
+
+        Log-probabilities are those of the model all the same: it keeps the logits that they come from.
+        """
         num_rows = step.num_samples
-        logits = changed = self.logits[:num_rows]
-        edits = self._editor.plan(sampling)
-        if edits is not None:
-            if step.wishes & LOGPROBS:
-                logits = self._spare_logits[:num_rows].copy_(logits)
-            edits.apply(changed, *self._sampler.slots_and_last_token_ids(num_rows))
-        self._sample(step)
+        logits = self.logits[:num_rows]
+        if step.wishes & LOGPROBS and step.wishes & (EDITS | GUIDED):
+            self._spare_logits[:num_rows].copy_(logits)
+        if step.wishes & EDITS:
+            edits = self._editor.plan(sampling)
+            if edits is not None:
+                edits.apply(logits, *self._sampler.slots_and_last_token_ids(num_rows))
+        return self._masks.apply(logits, sampling) if step.wishes & GUIDED else []
+
+    def _logprobs(self, step: Step, sampling: list[ScheduledSequence]) -> logprobs.PendingLogprobs | None:
+        """Of what was drawn, by the logits that the model computed."""
+        logits = self._spare_logits if step.wishes & (EDITS | GUIDED) else self.logits
         num_top = [item.seq.request.num_logprobs for item in sampling]
-        return logprobs.of_draws(logits, self._sampler.token_ids[:num_rows], num_top)
+        return logprobs.of_draws(logits[: step.num_samples], self._sampler.token_ids[: step.num_samples], num_top)
 
     def _forward(self, step: Step, *, every_row: bool = False) -> HiddenStates | None:
         """Leave the logits of the sampling rows in self.logits. Returns what they came from; a graph has none.
@@ -332,6 +374,7 @@ class ModelRunner:
         """What some requests ask for beside the draw, at its largest."""
         logits = self.logits[:num_rows]
         warm_up_edits(logits, *self._sampler.slots_and_last_token_ids(num_rows))
+        self._masks.warm_up(logits)
         token_logprobs(logits, self._sampler.token_ids[:num_rows], num_top=min(MAX_LOGPROBS, logits.shape[1]))
         # The logits of prompts are of more rows than any draw's.
         for rows in self.model.output.row_variants(len(self._spare_logits)):

@@ -18,6 +18,7 @@ from tritonmind.sequence import Sequence
 DRAWS = 1
 EDITS = 2
 LOGPROBS = 4
+GUIDED = 8  # to know the token before its own: which tokens are allowed follows from it
 
 
 class Sampler:
@@ -84,7 +85,7 @@ class Sampler:
         head.seeds[:] = self._host_seed_bits
 
     def wishes(self, slots: np.ndarray) -> int:
-        """What the requests in these slots ask for, together: DRAWS, EDITS and LOGPROBS, or 0."""
+        """What the requests in these slots ask for, together: DRAWS, EDITS, LOGPROBS and GUIDED, or 0."""
         return int(np.bitwise_or.reduce(self._wishes[slots]))
 
     def sample(self, logits: torch.Tensor, *, greedy: bool) -> torch.Tensor:
@@ -121,4 +122,5 @@ def wishes_of(request: EngineRequest) -> int:
         (DRAWS if request.temperature != 0 or request.has_penalty else 0)
         | (EDITS if edits else 0)
         | (LOGPROBS if request.num_logprobs is not None else 0)
+        | (GUIDED if request.guided is not None else 0)
     )

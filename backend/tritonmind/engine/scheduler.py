@@ -27,9 +27,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
+from tritonmind.grammars import Guide
 from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
 
@@ -103,11 +106,15 @@ class Scheduler:
         """The running sequences that have a token in each step, in the order of their rows."""
         return self._decoding.seqs
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request. It must fit the context and carry an id that is not live (the client checked both)."""
+    def add(self, request: EngineRequest, guide: Guide | None = None) -> None:
+        """Queue a request. It must fit the context and carry an id that is not live (the client checked both).
+
+        guide: of its answer, if that is guided.
+        """
         assert request.request_id not in self._live
         assert 0 < len(request.prompt_token_ids) < self.config.max_model_len
         seq = Sequence(request, self._num_arrivals)
+        seq.guide = guide
         self._num_arrivals += 1
         self._live[request.request_id] = seq
         self._stop_ids.update(seq.stop_token_ids)
@@ -122,6 +129,11 @@ class Scheduler:
                 self._finish(seq, "cancelled")
                 outputs.append(_output(seq, []))
         return outputs
+
+    def fail(self, seq: Sequence, error: str) -> TokenOutput:
+        """End a live sequence with an error. Returns its last output."""
+        self._finish(seq, "error")
+        return msgspec.structs.replace(_output(seq, []), error=error)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's tokens and account for them as computed. Nothing in it: nothing can run now.

@@ -28,6 +28,7 @@ from tritonmind.kernels.step_inputs import (
     prepare_tokens,
     write_block_tables,
 )
+from tritonmind.kernels.token_mask import mask_tokens, mask_words
 from tritonmind.kernels.w4_linear import w4_gate_up, w4_linear, w4_variants
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "gumbel_noise",
     "int8_linear",
     "linear",
+    "mask_tokens",
+    "mask_words",
     "paged_decode_attention",
     "paged_prefill_attention",
     "philox_uniform",

@@ -220,7 +220,7 @@ def _timed(core: EngineCore, step: Callable[[], Any], num_steps: int) -> Timing:
 
     class ClockedHandle:
         def __init__(self, handle: Any) -> None:
-            self.wait = clocked("wait", handle.wait)
+            self.wait, self.draw = clocked("wait", handle.wait), handle.draw
 
     scheduler, executor = core.scheduler, core.executor
     execute = clocked("execute", executor.execute)
