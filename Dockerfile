@@ -25,7 +25,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 # The wheel comes last, so that a change of the code does not download PyTorch again.
-RUN python3 -m pip install --no-cache-dir "torch==2.13.0" "numpy<2" "tritonclient[grpc]>=2.50" "llguidance>=1.9,<2"
+RUN python3 -m pip install --no-cache-dir "torch==2.13.0" "numpy<2" "tritonclient[grpc]>=2.50" "llguidance>=1.9,<2" \
+    "sentencepiece>=0.2" "tiktoken>=0.7"
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip install --no-cache-dir "numpy<2" /wheels/tritonmind-*.whl
 

@@ -102,7 +102,7 @@ def test_raw_text_in_the_middle_gets_no_space(dialogue: Dialogue) -> None:
     first = dialogue.builder.build(ParsedRequest(text="the"), turn, 4096).token_ids
     dialogue.store.end(turn, None, first, [9], ended_by_token=False)
     prompt = dialogue.builder.build(ParsedRequest(text="cat"), dialogue.turn(), 4096).token_ids
-    assert prompt[len(first) + 1 :] == [dialogue.tokenizer.backend.token_to_id(letter) for letter in "cat"]
+    assert prompt[len(first) + 1 :] == [dialogue.tokenizer.vocabulary.backend.token_to_id(letter) for letter in "cat"]
 
 
 def test_a_template_that_hides_answers_is_refused(tmp_path: Path) -> None:

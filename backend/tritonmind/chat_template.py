@@ -20,7 +20,7 @@ import jinja2.sandbox
 import msgspec
 
 from tritonmind.errors import ConfigError, InvalidRequestError
-from tritonmind.tokenizer import TOKENIZER_CONFIG_FILE, read_json_object
+from tritonmind.vocabularies.base import TOKENIZER_CONFIG_FILE, read_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Texts of a message: the first two are in each one. Beside them an assistant's message may have tool_calls.

@@ -123,7 +123,7 @@ class GrammarCompiler:
             raise missing_extra() from None
         if not self._eos_token_ids:
             raise InvalidRequestError(FIELD, "", "the model has no eos token to end such an answer with")
-        if self._tokenizer.decoder.separator:
+        if self._tokenizer.vocabulary.decoding.separator:
             raise InvalidRequestError(FIELD, "", "the tokenizer puts text between tokens, which no grammar sees")
 
     def _submit(self, function, *arguments):  # type: ignore[no-untyped-def]
@@ -184,7 +184,7 @@ class GrammarCompiler:
                 schema = msgspec.json.decode(guided.spec or '{"type": "object"}')
                 options = schema.get("x-guidance", {"whitespace_pattern": WHITESPACE})
                 # A tokenizer may put a space before its first word, which is not in the text.
-                start = 'start: " "? json\n' if self._tokenizer.decoder.strip else "start: json\n"
+                start = 'start: " "? json\n' if self._tokenizer.vocabulary.decoding.strip else "start: json\n"
                 rules = f"{start}json: %json {msgspec.json.encode({**schema, 'x-guidance': options}).decode()}"
         return LLMatcher.grammar_from_lark(NO_FORCING + rules)
 

@@ -320,7 +320,7 @@ def test_tokenizer_path(checkpoint: Path, tmp_path: Path) -> None:
     elsewhere.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.move(checkpoint / name, elsewhere / name)
-    assert f"{checkpoint} has neither tokenizer.json nor tokenizer.model" in refused(checkpoint)
+    assert f"{checkpoint} has none of tokenizer.json, tokenizer.model, qwen.tiktoken" in refused(checkpoint)
     assert "nowhere does not exist" in refused(checkpoint, tokenizer_path=tmp_path / "nowhere")
     for given in (elsewhere, elsewhere / "tokenizer.json"):
         convert("tiny", checkpoint, tmp_path / "workspace", tokenizer_path=given, force=True)
@@ -328,7 +328,7 @@ def test_tokenizer_path(checkpoint: Path, tmp_path: Path) -> None:
         assert (found / "tokenizer.json").read_bytes() == (elsewhere / "tokenizer.json").read_bytes()
     (elsewhere / "tokenizer.json").write_text("{}")
     shutil.rmtree(tmp_path / "workspace")
-    assert f"{elsewhere / 'tokenizer.json'} is no tokenizer" in refused(checkpoint, tokenizer_path=elsewhere)
+    assert f"{elsewhere / 'tokenizer.json'} is not a tokenizer" in refused(checkpoint, tokenizer_path=elsewhere)
 
 
 def test_no_more_than_one_shard_is_open(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

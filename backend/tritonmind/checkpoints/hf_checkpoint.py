@@ -18,7 +18,7 @@ from tritonmind.checkpoints.source import (
     SourceTensor,
     read_json,
 )
-from tritonmind.checkpoints.tokenizer_files import TOKENIZER_JSON, collect_tokenizer
+from tritonmind.checkpoints.tokenizer_files import collect_tokenizer, has_tokenizer
 from tritonmind.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class HfCheckpoint:
         return max(counts, key=lambda name: counts[name], default="")
 
     def tokenizer_in_place(self) -> Path | None:
-        return self.path if (self.path / TOKENIZER_JSON).is_file() else None
+        return self.path if has_tokenizer(self.path) else None
 
     def write_tokenizer(self, destination: Path, tokenizer_path: Path | None = None) -> None:
         collect_tokenizer(tokenizer_path or self.path, destination)

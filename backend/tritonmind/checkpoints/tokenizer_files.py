@@ -4,78 +4,53 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-from tritonmind.checkpoints.source import read_json
-from tritonmind.errors import CheckpointError
+from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind.tokenizer import VOCABULARY_FILES, Tokenizer
+from tritonmind.vocabularies.base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE
 
-TOKENIZER_JSON = "tokenizer.json"
-SENTENCEPIECE_MODEL = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _COMPANIONS = (
-    TOKENIZER_CONFIG,
-    SENTENCEPIECE_MODEL,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    ADDED_TOKENS_FILE,
     "chat_template.jinja",
     "chat_template.json",
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a vocabulary in the folder, in one of the formats that we read."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
 def collect_tokenizer(source: Path, destination: Path) -> None:
     """Copy the tokenizer files at `source` (a directory, or one of the files in it) to `destination`.
 
-    Where there is only a SentencePiece tokenizer.model, tokenizer.json is made from it by Transformers.
     Raises CheckpointError when there is no tokenizer or it cannot be loaded.
     """
     if not source.exists():
         raise CheckpointError(f"tokenizer {source} does not exist")
     folder = source if source.is_dir() else source.parent
-    if not (folder / TOKENIZER_JSON).is_file() and not (folder / SENTENCEPIECE_MODEL).is_file():
+    if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{folder} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}: "
+            f"{folder} has none of {', '.join(VOCABULARY_FILES)}: "
             "put the tokenizer's files there, or convert with --tokenizer-path"
         )
-    for name in (TOKENIZER_JSON, *_COMPANIONS):
+    _load(folder)
+    for name in (*VOCABULARY_FILES, *_COMPANIONS):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
-    if not (destination / TOKENIZER_JSON).is_file():
-        _from_sentencepiece(folder, destination)
-    _load(destination, shown=folder / TOKENIZER_JSON)
 
 
 def special_token_id(folder: Path, role: str) -> int | None:
-    """The id of `role` ("bos_token" or "eos_token") by the collected tokenizer, None where it has none."""
-    path = folder / TOKENIZER_CONFIG
-    token: Any = read_json(path).get(role) if path.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    if not isinstance(token, str):
-        return None
-    token_id: int | None = _load(folder, shown=folder / TOKENIZER_JSON).token_to_id(token)
-    return token_id
+    """The id of `role` ("bos_token" or "eos_token") by the tokenizer in `folder`, None where it has none."""
+    tokenizer = _load(folder)
+    token = tokenizer.special_tokens.get(role)
+    return None if token is None else tokenizer.vocabulary.token_id(token)
 
 
-def _load(folder: Path, *, shown: Path) -> Any:
-    from tokenizers import Tokenizer
-
+def _load(folder: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-    # The library raises bare Exception for every kind of damage.
-    except Exception as error:
-        raise CheckpointError(f"{shown} is no tokenizer that the tokenizers library can load: {error}") from None
-
-
-def _from_sentencepiece(folder: Path, destination: Path) -> None:
-    model = folder / SENTENCEPIECE_MODEL
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise CheckpointError(
-            f"{folder} has {SENTENCEPIECE_MODEL} but no {TOKENIZER_JSON}; making it needs the package transformers"
-        ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.backend_tokenizer.save(str(destination / TOKENIZER_JSON))
-    except (AttributeError, ImportError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model} cannot be turned into {TOKENIZER_JSON} by Transformers: {error}") from error
+        return Tokenizer.from_dir(folder)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None

@@ -27,7 +27,9 @@ import tokenizers
 
 from tritonmind.chat_template import load_chat_template
 from tritonmind.errors import ConfigError, TritonmindError
-from tritonmind.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from tritonmind.tokenizer import Tokenizer
+from tritonmind.vocabularies.base import TOKENIZER_CONFIG_FILE
+from tritonmind.vocabularies.library import TOKENIZER_FILE
 from tritonmind_tools.text_data import as_document, encode, read_documents, read_entries, render
 
 if TYPE_CHECKING:
