@@ -110,7 +110,7 @@ choose_mode() {
 
 # In the checkout: install, and make the demo workspace when none was named.
 prepare_checkout() {
-  local extras=(gguf) index=() demo
+  local extras=(gguf tokenizers) index=() demo
   venv=${venv:-${TRITONMIND_VENV:-$here/.venv}}
   if [ "$mode" = embedded ]; then extras+=(serve); fi
   if [ -n "$torch_index" ]; then index=(--torch-index "$torch_index"); fi

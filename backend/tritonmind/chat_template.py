@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -23,6 +23,7 @@ from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.vocabularies.base import TOKENIZER_CONFIG_FILE, read_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_JSON_FILE = "chat_template.json"
 # Texts of a message: the first two are in each one. Beside them an assistant's message may have tool_calls.
 MESSAGE_KEYS = ("role", "content")
 OPTIONAL_MESSAGE_KEYS = ("name", "tool_call_id", "reasoning_content")
@@ -123,25 +124,40 @@ class ChatTemplate:
             ) from None
 
 
-def load_chat_template(tokenizer_dir: str | Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+class TemplateText(NamedTuple):
+    """A template's source, and the file that it is in."""
+
+    source: str
+    where: str
+
+
+def find_chat_template(tokenizer_dir: str | Path) -> TemplateText | None:
     """The checkpoint's own template, None when it has none.
 
-    chat_template.jinja comes before the `chat_template` of tokenizer_config.json, which is a text or a list of named
-    ones of which "default" counts. Raises ConfigError naming a file whose template is broken.
+    chat_template.jinja comes before chat_template.json and that before the `chat_template` of tokenizer_config.json,
+    which is a text or a list of named ones of which "default" counts. Raises ConfigError naming a file that is wrong.
     """
     directory = Path(tokenizer_dir)
     file = directory / TEMPLATE_FILE
     if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, where=str(file))
-    file = directory / TOKENIZER_CONFIG_FILE
-    source = read_json_object(file).get("chat_template")
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise ConfigError(f"{file}: chat_template must be a text or a list of named texts")
-    return ChatTemplate(source, special_tokens, where=str(file))
+        return TemplateText(file.read_text(encoding="utf-8"), str(file))
+    for name in (TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE):
+        file = directory / name
+        source = read_json_object(file).get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        if isinstance(source, str):
+            return TemplateText(source, str(file))
+        if source is not None:
+            raise ConfigError(f"{file}: chat_template must be a text or a list of named texts")
+    return None
+
+
+def load_chat_template(tokenizer_dir: str | Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The template that find_chat_template finds. Raises ConfigError naming a file whose template is broken."""
+    found = find_chat_template(tokenizer_dir)
+    return None if found is None else ChatTemplate(found.source, special_tokens, where=found.where)
 
 
 def parse_messages(text: str) -> list[Message]:

@@ -11,7 +11,7 @@ from tritonmind.checkpoints.checkpoint_model import CheckpointModel
 from tritonmind.checkpoints.reading import AUTO
 from tritonmind.checkpoints.source import CONFIG
 from tritonmind.config import EngineConfig, ModelConfig
-from tritonmind.errors import WorkspaceError
+from tritonmind.errors import ConfigError, WorkspaceError
 from tritonmind.random_model import PREFIX, RandomModel
 from tritonmind.workspace import Workspace
 
@@ -37,17 +37,28 @@ class ModelSource(Protocol):
         """The common tensors and those of `rank`, as tensor_layout lists them."""
         ...
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about it."""
+        ...
+
     def kv_scales(self, rank: int) -> torch.Tensor | None:
         """Scales of a calibrated int8 KV cache, None where nothing was calibrated."""
         ...
 
 
-def open_model(path: str | os.PathLike[str], *, dtype: object = AUTO) -> ModelSource:
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: object = AUTO,
+    model_name: str | None = None,
+    chat_template: str | None = None,
+) -> ModelSource:
     """The workspace or the checkpoint at `path`, or, for `random:SHAPE`, random weights of that shape.
 
     dtype: the type that the engine was asked to compute in. A checkpoint's weights are rounded to it and to nothing
-    else; for auto they get the type that `convert` stores. A workspace's are what they are. Raises WorkspaceError,
-    CheckpointError or ConfigError.
+    else; for auto they get the type that `convert` stores. A workspace's are what they are. model_name, chat_template:
+    of a checkpoint, as `convert`'s; a workspace has its own. Raises WorkspaceError, CheckpointError or ConfigError.
     """
     if str(path).startswith(PREFIX):
         return RandomModel(str(path), weight_type=str(dtype))
@@ -58,5 +69,10 @@ def open_model(path: str | os.PathLike[str], *, dtype: object = AUTO) -> ModelSo
             "(models are not downloaded by name)"
         )
     if given.is_dir() and not (given / CONFIG).is_file():
+        if model_name is not None or chat_template is not None:
+            raise ConfigError(
+                f"{given} is a workspace, which has the name and the chat template that `tritonmind convert` gave it: "
+                "convert again, edit triton_models/tokenizer/chat_template.jinja in it, or open the checkpoint"
+            )
         return Workspace.open(given)
-    return CheckpointModel(given, weight_type=str(dtype))
+    return CheckpointModel(given, weight_type=str(dtype), model_name=model_name, chat_template=chat_template)

@@ -73,6 +73,8 @@ class RandomModel:
     unknown shape or a type that weights cannot be drawn in.
     """
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(self, name: str, *, weight_type: str = AUTO) -> None:
         shape_name, colon, kind = name.removeprefix(PREFIX).partition(":")
         if shape_name not in SHAPES or (colon and kind != INT4):

@@ -53,6 +53,8 @@ class Workspace:
     the rotary scaling that config.ini asks for.
     """
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(self, version_dir: Path) -> None:
         self.version_dir = version_dir
         self.weights_dir = version_dir / "weights"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
@@ -95,11 +96,13 @@ class LocalTransport:
         from tritonmind.engine.llm import LLM
 
         llm = LLM(self._path, **self._overrides)  # type: ignore[arg-type]
+        for warning in llm.warnings:
+            print(f"tritonmind: warning: {warning}", file=sys.stderr)
         if llm.chat_template is None:
             llm.close()
             raise ConfigError(
                 f"{self._path} has no chat template: it completes texts and cannot chat; "
-                "use a model tuned for chat, or put chat_template.jinja beside its tokenizer"
+                "use a model tuned for chat, or give its form with --chat-template"
             )
         return llm
 
@@ -140,6 +143,12 @@ def register(subparsers: Any) -> None:
         metavar="PATH",
         help="workspace, Hugging Face folder or .gguf file ('turbomind PATH' works too)",
     )
+    parser.add_argument("--model-name", metavar="NAME", help="of a checkpoint: its name, as `convert` takes it")
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="of a checkpoint: chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints",
+    )
     parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
     parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
@@ -149,7 +158,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends. Raises TritonmindError when the engine cannot start or an option is wrong."""
-    names = ("session_len", "dtype", "device")
+    names = ("model_name", "chat_template", "session_len", "dtype", "device")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # One conversation needs no more slots, and a GPU gets ready sooner.
     path = _path(args.path)

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 from tritonmind import __version__
 from tritonmind.errors import TritonmindError
-from tritonmind_tools import api_server, bench, chat, check_env, convert, embedded_server, lite, triton_client
+from tritonmind_tools import (
+    api_server,
+    bench,
+    chat,
+    check_env,
+    convert,
+    embedded_server,
+    list_templates,
+    lite,
+    triton_client,
+)
 
 _RED, _RESET = "\x1b[31m", "\x1b[0m"
 _INTERRUPTED = 130
@@ -47,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     triton_client.register(serve_commands)
     api_server.register(serve_commands)
     lite.register(commands)
+    list_templates.register(commands)
     check_env.register(commands)
     bench.register(commands)
     return parser

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +37,12 @@ def register(subparsers: Any) -> None:
         help="make a workspace from a checkpoint",
         description="Make a workspace from a Hugging Face checkpoint (safetensors) or a GGUF file.",
     )
-    parser.add_argument("model_name", metavar="MODEL_NAME", help="name of the chat template, kept in config.ini")
+    parser.add_argument(
+        "model_name",
+        metavar="MODEL_NAME",
+        help="name of the model, kept in config.ini; one that `tritonmind list` prints gives a checkpoint without chat "
+        "template that one",
+    )
     parser.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory or .gguf file")
     parser.add_argument(
         "--model-format",
@@ -57,6 +64,12 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--tp", type=int, default=DEFAULT_TP, help="tensor-parallel ranks to split for (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints (default: the "
+        "checkpoint's own, else the one that MODEL_NAME names)",
     )
     parser.add_argument("--tokenizer-path", type=Path, help="tokenizer directory (default: the checkpoint's)")
     parser.add_argument(
@@ -87,19 +100,24 @@ def run(args: argparse.Namespace) -> int:
         def on_progress(done: int, total: int) -> None:
             progress.update(task, description="writing weights", completed=done, total=total)
 
+        warnings: list[str] = []
         model = convert(
             args.model_name,
             args.path,
             args.dst_path,
             tp=args.tp,
             tokenizer_path=args.tokenizer_path,
+            chat_template=args.chat_template,
             weight_type=args.weight_type,
             model_format=args.model_format,
             group_size=args.group_size,
             triton_batch_dim=args.triton_batch_dim,
             force=args.force,
             on_progress=on_progress,
+            on_warning=warnings.append,
         )
+    for warning in warnings:
+        print(f"tritonmind: warning: {warning}", file=sys.stderr)
     groups = f" in groups of {model.group_size}" if model.group_size else ""
     print(
         f"{args.dst_path}: {model.architecture}, {model.num_layers} layers, {model.weight_type}{groups}, tp {args.tp}, "
@@ -115,22 +133,27 @@ def convert(
     *,
     tp: int = DEFAULT_TP,
     tokenizer_path: Path | None = None,
+    chat_template: str | None = None,
     weight_type: str = AUTO,
     model_format: str = AUTO,
     group_size: int = 0,
     triton_batch_dim: bool = False,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_warning: Callable[[str], None] = lambda text: None,
 ) -> ModelConfig:
     """Write the workspace `destination` from the checkpoint at `path`.
 
-    weight_type, model_format and group_size are those of `checkpoints.reading.model_config`. `on_progress` is called
-    with the bytes written so far and their total. Returns the model's configuration. Raises CheckpointError for a
+    weight_type, model_format and group_size are those of `checkpoints.reading.model_config`, chat_template is the
+    `given` of `template_choice.choose_template`. `on_progress` is called with the bytes written so far and their total,
+    `on_warning` with what the user should know. Returns the model's configuration. Raises CheckpointError for a
     checkpoint that cannot be converted, ConfigError for options that do not fit it, WorkspaceError for a destination
     that must not be replaced. A conversion that fails leaves nothing behind.
     """
     from tritonmind.checkpoints.reading import model_config, open_checkpoint, read_weights
     from tritonmind.checkpoints.tokenizer_files import special_token_id
+    from tritonmind.named_templates import contradiction
+    from tritonmind.template_choice import choose_template
     from tritonmind.tensor_layout import check_tensor_parallel
     from tritonmind.workspace_writer import WorkspaceWriter, check_destination
 
@@ -150,6 +173,13 @@ def convert(
             group_size=group_size,
             special_token_id=partial(special_token_id, tokenizer_dir),
         )
+        if (odd := contradiction(model_name, checkpoint.config["architectures"][0])) is not None:
+            on_warning(odd)
+        template = choose_template(tokenizer_dir, model_name=model_name, given=chat_template)
+        template.write(tokenizer_dir)
+        for warning in template.warnings:
+            on_warning(warning)
+        model = dataclasses.replace(model, eos_token_ids=template.end_tokens(model.eos_token_ids))
         check_tensor_parallel(model, tp)
         weights = read_weights(checkpoint, model, tp)
         with WorkspaceWriter(

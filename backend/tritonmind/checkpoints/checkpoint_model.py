@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import weakref
@@ -14,6 +15,8 @@ from tritonmind.checkpoints.reading import AUTO, model_config, open_checkpoint, 
 from tritonmind.checkpoints.tokenizer_files import special_token_id
 from tritonmind.config import EngineConfig
 from tritonmind.config_ini import build_engine_config, new_settings
+from tritonmind.named_templates import NAMED_TEMPLATES, contradiction
+from tritonmind.template_choice import TemplateChoice, choose_template
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 from tritonmind.weight_files import to_stored
 
@@ -26,27 +29,52 @@ _TENSOR_PARALLEL_SIZE = 1
 class CheckpointModel:
     """A checkpoint opened for serving, read like a Workspace; nothing is written beside it.
 
-    weight_type: as `convert --weight-type`. Opening reads the configuration, not the weights. Raises CheckpointError
-    for a checkpoint that `convert` would refuse: here for its configuration, in `tensors` for its weights.
+    weight_type, model_name, chat_template: as convert's options; the name is by default the path's last part. Opening
+    reads the configuration, not the weights. Raises CheckpointError for a checkpoint that `convert` would refuse: here
+    for its configuration, in `tensors` for its weights. warnings: what the user should know.
     """
 
-    def __init__(self, path: Path, *, weight_type: str = AUTO) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        weight_type: str = AUTO,
+        model_name: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.path = path
         self._checkpoint = open_checkpoint(path)
-        name = path.resolve()
-        self.model = model_config(
+        full = path.resolve()
+        name = model_name or (full.name if path.is_dir() else full.stem)
+        model = model_config(
             self._checkpoint,
-            model_name=name.name if path.is_dir() else name.stem,
+            model_name=name,
             weight_type=weight_type,
-            special_token_id=lambda role: special_token_id(self.tokenizer_dir, role),
+            special_token_id=lambda role: special_token_id(self._tokenizer_files, role),
         )
+        self._template = TemplateChoice()
+        if chat_template is not None or name in NAMED_TEMPLATES:  # else nobody needs the tokenizer's files yet
+            self._template = choose_template(self._tokenizer_files, model_name=name, given=chat_template)
+        self.model = dataclasses.replace(model, eos_token_ids=self._template.end_tokens(model.eos_token_ids))
+        odd = model_name and contradiction(model_name, self._checkpoint.config["architectures"][0])
+        self.warnings = (*([odd] if odd else ()), *self._template.warnings)
 
     @cached_property
     def tokenizer_dir(self) -> Path:
-        """The checkpoint's own directory, else a temporary one that lives as long as this object."""
-        in_place = self._checkpoint.tokenizer_in_place()
-        if in_place is not None:
-            return in_place
+        """The checkpoint's own directory, or a temporary one that lives as long as this object."""
+        directory = self._tokenizer_files
+        if self._template.source is not None:
+            if directory == self._checkpoint.tokenizer_in_place():
+                directory = self._copied_tokenizer()
+            self._template.write(directory)
+        return directory
+
+    @cached_property
+    def _tokenizer_files(self) -> Path:
+        """The same without the chat template that was chosen."""
+        return self._checkpoint.tokenizer_in_place() or self._copied_tokenizer()
+
+    def _copied_tokenizer(self) -> Path:
         directory = Path(tempfile.mkdtemp(prefix="tritonmind-tokenizer-"))
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._checkpoint.write_tokenizer(directory)

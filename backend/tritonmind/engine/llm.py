@@ -78,13 +78,25 @@ class _Answer:
 class LLM:
     """A model ready to generate. Close it, or use it as a context manager: the engine is a process of its own.
 
-    model_path: a workspace, or the Hugging Face directory or GGUF file that one could be made of. overrides: fields of
-    EngineConfig and of its parts, over the workspace's config.ini.
+    model_path: a workspace, or the Hugging Face directory or GGUF file that one could be made of. model_name,
+    chat_template: of a checkpoint, as `tritonmind convert` takes them. overrides: fields of EngineConfig and of its
+    parts, over the workspace's config.ini. warnings: what the user should know about the model.
     """
 
-    def __init__(self, model_path: str, *, in_process: bool = False, **overrides: object) -> None:
-        source = open_model(model_path, dtype=overrides.get("dtype", "auto"))
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        in_process: bool = False,
+        model_name: str | None = None,
+        chat_template: str | None = None,
+        **overrides: object,
+    ) -> None:
+        source = open_model(
+            model_path, dtype=overrides.get("dtype", "auto"), model_name=model_name, chat_template=chat_template
+        )
         self.model = source.model
+        self.warnings = source.warnings
         self.tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
         self.chat_template = load_chat_template(source.tokenizer_dir, self.tokenizer.special_tokens)
         self.defaults = GenerationDefaults.from_dir(source.tokenizer_dir)

@@ -1,4 +1,4 @@
-"""qwen.tiktoken, the vocabulary of Qwen v1, by the tiktoken library: ranks of byte strings, special tokens after them."""
+"""qwen.tiktoken, the vocabulary of Qwen v1, by the tiktoken library: ranks of byte strings, then special tokens."""
 
 from __future__ import annotations
 
