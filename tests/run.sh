@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${TRITONMIND_VENV:-.venv}
 bash tools/setup_venv.sh "$venv" dev serve
-exec "$venv/bin/python" -m pytest "$@"
+# Files of tests are spread over processes, the long ones first, as tests/conftest.py orders them; -n 0 for one process.
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -12,15 +12,6 @@ GPU_PARAMS = [pytest.param(target, id=name, marks=pytest.mark.gpu) for name, tar
 CPU_PARAMS = [pytest.param(target, id=name) for name, target in CPU_TARGETS.items()]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Compiling every kernel takes minutes of its own processes: they begin at once and are looked at last."""
-    last = [item for item in items if item.path.name == "test_compile.py"]
-    if last and not config.option.collectonly:
-        items[:] = [item for item in items if item not in last] + last
-        last[0].module.begin()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(params=CPU_PARAMS + GPU_PARAMS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Every implementation: the CPU path, the kernels under the interpreter, the kernels on a GPU."""

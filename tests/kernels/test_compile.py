@@ -8,15 +8,13 @@ takes seconds, so where there are both, all of them are the latter's.
 from __future__ import annotations
 
 import ast
-import atexit
 import functools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -72,44 +70,20 @@ def kernels_on_disk() -> frozenset[str]:
     return frozenset(jitted & launched)
 
 
-class Compilation(NamedTuple):
-    """compile_kernels.py in a process of its own: this one's kernels are the interpreter's."""
-
-    process: subprocess.Popen[bytes]
-    output: IO[bytes]
-    errors: IO[bytes]
-
-
 @functools.cache
-def started(directory: Path | None) -> Compilation:
-    """It begins, with the Triton in this directory, or the installed one."""
+def reports(directory: Path | None) -> list[Report]:
+    """What compile_kernels.py says with the Triton in this directory, or the installed one.
+
+    In a process of its own: this one's kernels are the interpreter's. It takes the cores that other tests leave.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     before = [] if directory is None else [str(directory)]
     environment["PYTHONPATH"] = os.pathsep.join([*before, str(ROOT / "backend"), str(ROOT)])
     one = os.environ.get("TRITONMIND_COMPILE", "one") == "one" or directory != MEASURED_TRITON_DIR
-    # Files, not pipes, which would fill up while the other process is waited for.
-    output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - the process outlives this call
     command = ["nice", sys.executable, "-m", "tests.kernels.compile_kernels", *["--one"] * one]
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=errors)
-    atexit.register(process.kill)
-    return Compilation(process, output, errors)
-
-
-@functools.cache
-def reports(directory: Path | None) -> list[Report]:
-    """What it says."""
-    process, output, errors = started(directory)
-    exit_code = process.wait(MAX_SECONDS)
-    for file in (output, errors):
-        file.seek(0)
-    assert exit_code == 0, errors.read()[-3000:].decode()
-    return [json.loads(line) for line in output.read().splitlines()]
-
-
-def begin() -> None:
-    """Both releases of Triton compile, beside each other and beside the other tests."""
-    for directory in {None, MEASURED_TRITON_DIR}:
-        started(directory)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=MAX_SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(params=["installed", "measured"])
