@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +31,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def writer_to(destination: Path, source: Path) -> AwqCheckpointWriter:
+def writer_to(destination: Path, source: Path, **changes: Any) -> AwqCheckpointWriter:
+    """changes: of the model's configuration."""
     checkpoint = open_checkpoint(source)
     model = model_config(
         checkpoint, model_name="tiny", weight_type="int4", group_size=32, special_token_id=lambda role: None
     )
-    return AwqCheckpointWriter(destination, model, checkpoint)
+    return AwqCheckpointWriter(destination, dataclasses.replace(model, **changes), checkpoint)
 
 
 def quantized(source: Path) -> dict[str, torch.Tensor | AwqWeight]:
@@ -123,6 +126,16 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, source: Path) -> Non
         writer.write({"model.embed_tokens.weight": torch.zeros(320, 64)})
         raise CheckpointError("model.embed_tokens.weight is not liked")
     assert names_in(tmp_path) == set()
+
+
+def test_a_value_that_fp16_cannot_hold(tmp_path: Path, source: Path) -> None:
+    """No option of lite auto_awq helps, so none is named."""
+    fp16 = writer_to(tmp_path / "quant_output", source, unquantized_type="fp16")
+    problem = (
+        r"^model\.embed_tokens\.weight holds values that fp16 cannot: .* serve this model as it is, in bf16 or fp32$"
+    )
+    with pytest.raises(CheckpointError, match=problem), fp16 as writer:
+        writer.write({"model.embed_tokens.weight": torch.full((320, 64), 1e5)})
 
 
 def test_directories_that_hold_something_else(tmp_path: Path, source: Path) -> None:

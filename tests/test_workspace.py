@@ -382,7 +382,9 @@ def test_blocks_are_converted_piece_by_piece(fp16_shard: ShardWriter, monkeypatc
     pieces: list[int] = []
     convert = weight_files._stored_bytes
     monkeypatch.setattr(
-        weight_files, "_stored_bytes", lambda spec, piece: (pieces.append(piece.nbytes), convert(spec, piece))[1]
+        weight_files,
+        "_stored_bytes",
+        lambda spec, piece, *rest: (pieces.append(piece.nbytes), convert(spec, piece, *rest))[1],
     )
     assert fp16_shard.write("tok_embeddings.weight", [tensor[:100], tensor[100:]]) == tensor.numel() * 2
     assert max(pieces) <= 1000 and sum(pieces) == tensor.nbytes

@@ -27,6 +27,7 @@ CHUNK_BYTES = 64 << 20
 MAX_SHARD_BYTES = 4 << 30
 INDEX_NAME = "index.json"
 CONVERT_AGAIN = "run `tritonmind convert` again"
+FP16_REMEDY = "convert with --weight-type bf16 or --weight-type fp32, or serve the checkpoint with dtype bf16 or fp32"
 
 # Rows are converted in pieces of about this size: large enough for speed, small beside any tensor worth a limit.
 _PIECE_BYTES = 64 << 20
@@ -97,9 +98,13 @@ def plan_shards(
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors come in the order of `specs`. A context manager."""
+    """Writes one safetensors file whose tensors come in the order of `specs`. A context manager.
 
-    def __init__(self, path: Path, specs: list[TensorSpec]) -> None:
+    fp16_remedy: what to do about a value that fp16 cannot hold.
+    """
+
+    def __init__(self, path: Path, specs: list[TensorSpec], fp16_remedy: str = FP16_REMEDY) -> None:
+        self._fp16_remedy = fp16_remedy
         self._specs: Iterator[TensorSpec] = iter(specs)
         self._file = path.open("wb")
         # One thread, so that parts are hashed in order; hashing and writing take about the same time.
@@ -121,7 +126,7 @@ class ShardWriter:
         for block in blocks:
             rows = max(1, _PIECE_BYTES * block.shape[0] // max(1, block.nbytes))
             for piece in block.split(rows):
-                self._append(_stored_bytes(spec, piece))
+                self._append(_stored_bytes(spec, piece, self._fp16_remedy))
         assert self._size - before == spec.num_bytes, f"{name}: {self._size - before} bytes, planned {spec.num_bytes}"
         return spec.num_bytes
 
@@ -236,8 +241,8 @@ def _header(specs: list[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def to_stored(spec: TensorSpec, block: torch.Tensor) -> torch.Tensor:
-    """`block` of rows in the stored dtype. Raises CheckpointError when a finite value does not fit it."""
+def to_stored(spec: TensorSpec, block: torch.Tensor, remedy: str = FP16_REMEDY) -> torch.Tensor:
+    """`block` of rows in the stored dtype. Raises CheckpointError, with the remedy, when a value does not fit fp16."""
     import torch
 
     dtype = torch_dtype(spec.dtype)
@@ -246,14 +251,11 @@ def to_stored(spec: TensorSpec, block: torch.Tensor) -> torch.Tensor:
     if dtype == torch.float16 and block.dtype != dtype and not torch.isfinite(stored).all():
         if spec.name.endswith(".scales"):
             raise CheckpointError(f"{spec.name} holds scales that fp16 cannot: 4-bit weights have fp16 scales")
-        raise CheckpointError(
-            f"{spec.name} holds values that fp16 cannot: convert with --weight-type bf16 or --weight-type fp32, "
-            "or serve the checkpoint with dtype bf16 or fp32"
-        )
+        raise CheckpointError(f"{spec.name} holds values that fp16 cannot: {remedy}")
     return stored
 
 
-def _stored_bytes(spec: TensorSpec, piece: torch.Tensor) -> memoryview:
+def _stored_bytes(spec: TensorSpec, piece: torch.Tensor, remedy: str) -> memoryview:
     import torch
 
-    return to_stored(spec, piece).contiguous().flatten().view(torch.uint8).numpy().data
+    return to_stored(spec, piece, remedy).contiguous().flatten().view(torch.uint8).numpy().data

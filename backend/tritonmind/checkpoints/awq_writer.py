@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 2 << 30
 _SHARD_PATTERN = "model-*-of-*.safetensors"
+_FP16_REMEDY = "beside its 4-bit weights the AWQ checkpoint is fp16, so serve this model as it is, in bf16 or fp32"
 _TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -119,7 +120,7 @@ class AwqCheckpointWriter:
     def _write(self, name: str, tensor: torch.Tensor) -> int:
         if self._open is None:
             number = self._num_shards
-            self._open = ShardWriter(self._temporary / self._files[number], self._shards[number])
+            self._open = ShardWriter(self._temporary / self._files[number], self._shards[number], _FP16_REMEDY)
             self._num_shards += 1
         size = self._open.write(name, [tensor.cpu()])
         self._num_written += 1
