@@ -160,7 +160,7 @@ def test_prefill_attention_counts_the_triangle() -> None:
     [
         ("--batch-sizes=0", "--batch-sizes='0'"),
         ("--context=-1", "--context='-1'"),
-        ("--prefills=8", "--prefills='8' must be like 1x2048"),
+        ("--prefills=8", "--prefills='8' must be like 4x1024"),
         ("--prefills=0x5", "--prefills='0x5'"),
         ("--only=nothing", "they are prepare_tokens, "),
         ("--json=nowhere/at/all.json", "its folder does not exist"),
@@ -214,11 +214,11 @@ def test_profile_accounts_for_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("batch_size", ["0", "2"])
 def test_profile_accounts_for_a_step_with_prompts(tmp_path: Path, batch_size: str) -> None:
     report = tmp_path / "report.json"
-    arguments = ["--batch-size", batch_size, "--context", "30", "--prompts", "2x40", "--steps", "3"]
+    arguments = ["--batch-size", batch_size, "--context", "30", "--prompts", "1x40,1x30", "--steps", "3"]
     assert main(["bench", "profile", "--shape", "tiny", *arguments, "--json", str(report)]) == 0
     results = json.loads(report.read_text())
     (row,) = results["rows"]
-    assert row["workload"].startswith(f"step B={batch_size} L=") and row["workload"].endswith(" 2x40")
+    assert row["workload"].startswith(f"step B={batch_size} L=") and row["workload"].endswith(" 1x40,1x30")
     assert 0 < row["roofline_fraction"] < 1
     products = [kernel["calls_per_step"] for kernel in results["kernels"] if kernel["group"] == "matrix products"]
     assert sum(products) == 9, "prompts and decodes did not share their steps"
@@ -242,7 +242,7 @@ def test_the_host_has_a_target_by_batch_size(
     [
         (["--batch-size=0"], "--batch-size='0'"),
         (["--batch-size=-1", "--prompts=1x4"], "--batch-size='-1'"),
-        (["--prompts=4"], "--prompts='4' must be prompts x tokens, like 4x1024"),
+        (["--prompts=4"], "--prompts='4' must be like 4x1024,1x512: prompts x tokens of each"),
         (["--prompts=0x8"], "--prompts='0x8' must be"),
         (["--batch-size=1", "--context=10", "--prompts=1x200"], "--prompts=1x200 needs"),
         (["--context=100000"], "--context=100000 is more than"),

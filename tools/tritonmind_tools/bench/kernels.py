@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import Report, positive_numbers
+from tritonmind_tools.bench.report import Report, positive_numbers, prompt_sizes
 from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     (context,) = positive_numbers("--context", str(args.context))
     points = [Point(size, 1, context) for size in positive_numbers("--batch-sizes", args.batch_sizes)]
-    points += [Point(num_seqs, length, length) for num_seqs, length in _prefills(args.prefills)]
+    points += [Point(num_seqs, length, length) for num_seqs, length in prompt_sizes("--prefills", args.prefills)]
     chosen = [kernel for kernel in KERNELS if (args.only or "") in kernel.name]
     if not chosen:
         names = ", ".join(kernel.name for kernel in KERNELS)
@@ -98,16 +98,6 @@ def run(args: argparse.Namespace) -> int:
     report.print_facts()
     report.write_json([dataclasses.asdict(row) for row in rows], not_measured=left_out)
     return 1 if left_out else 0
-
-
-def _prefills(text: str) -> list[tuple[int, int]]:
-    try:
-        pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
-    except ValueError:
-        pairs = []
-    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
-        raise ConfigError(f"--prefills={text!r} must be like 1x2048,8x512: prompts x tokens of each")
-    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def _grid(chosen: list[Kernel], points: list[Point]) -> Iterator[tuple[Kernel, Point]]:

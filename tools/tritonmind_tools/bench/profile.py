@@ -30,7 +30,7 @@ from tritonmind_tools.bench.options import (
     engine_overrides,
     model_path,
 )
-from tritonmind_tools.bench.report import Report, positive_numbers, precision
+from tritonmind_tools.bench.report import Report, positive_numbers, precision, prompt_sizes
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, prefill_flops, weight_bytes
 from tritonmind_tools.bench.rounds import greedy_request, random_prompts
 from tritonmind_tools.bench.shapes import shape_name
@@ -67,7 +67,7 @@ def register(kinds: Any) -> None:
         "--batch-size", type=int, default=64, help="sequences, 0 for --prompts alone (default %(default)s)"
     )
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of each (default %(default)s)")
-    parser.add_argument("--prompts", metavar="SxT", help="prompts x tokens each that come with every step, as 4x1024")
+    parser.add_argument("--prompts", metavar="SxT,...", help="prompts x tokens of each that come with every step")
     parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
     add_engine_options(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from tritonmind.model_source import open_model
     from tritonmind_tools.bench import machine
 
-    prompts = _prompts(args.prompts)
+    groups = prompt_sizes("--prompts", args.prompts) if args.prompts else []
+    prompts = [num_tokens for num_prompts, num_tokens in groups for _ in range(num_prompts)]
     for name in ("context", "steps") if prompts and not args.batch_size else ("batch_size", "context", "steps"):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
     source = open_model(model_path(args), dtype=engine_dtype(args))
@@ -140,16 +141,6 @@ def run(args: argparse.Namespace) -> int:
         **dataclasses.asdict(account),
     )
     return 0
-
-
-def _prompts(option: str | None) -> list[int]:
-    """Lengths of the prompts of a step. Raises ConfigError."""
-    if option is None:
-        return []
-    count, times, tokens = option.partition("x")
-    if not (times and count.isdecimal() and tokens.isdecimal() and int(count) and int(tokens)):
-        raise ConfigError(f"--prompts={option!r} must be prompts x tokens, like 4x1024")
-    return [int(tokens)] * int(count)
 
 
 def _working_core(

@@ -196,3 +196,14 @@ def positive_numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise ConfigError(f"{option}={text!r} must be positive numbers separated by commas")
     return numbers
+
+
+def prompt_sizes(option: str, text: str) -> list[tuple[int, int]]:
+    """How many prompts and how long each, for each SxT of a comma-separated option. Raises ConfigError naming it."""
+    try:
+        pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise ConfigError(f"{option}={text!r} must be like 4x1024,1x512: prompts x tokens of each, separated by commas")
+    return [(num_prompts, num_tokens) for num_prompts, num_tokens in pairs]
