@@ -47,7 +47,7 @@ def serve(args: argparse.Namespace) -> int:
     """See `api_server.run`."""
     settings = _settings(args)
     tls = _tls(args)
-    listener = _listen(args.server_name, args.server_port, args.client_timeout)
+    listener = listen(args.server_name, args.server_port, args.client_timeout)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend = open_backend(args)
     try:
@@ -146,8 +146,11 @@ def _tls(args: argparse.Namespace) -> dict[str, Any]:
     return {"ssl_certfile": args.ssl_certfile, "ssl_keyfile": args.ssl_keyfile}
 
 
-def _listen(address: str, port: int, client_timeout: float) -> socket.socket:
-    """A listening socket. Its connections end when their client takes nothing for `client_timeout` seconds."""
+def listen(address: str, port: int, client_timeout: float) -> socket.socket:
+    """A listening socket, whose connections end when their client takes nothing for `client_timeout` seconds.
+
+    Raises TritonmindError naming the option that is wrong.
+    """
     if not 0 <= port <= 65535:
         raise ConfigError(f"--server-port={port} must be 1 to 65535, or 0 for a free one")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -46,11 +47,16 @@ _NEUTRAL = msgspec.to_builtins(SamplingParams())
 class TritonBackend:
     """The model `tritonmind` of the Triton server at HOST:PORT. Its tokenizer and chat template stay there.
 
-    name: what the model is called here. Raises ConfigError for a malformed address.
+    name: what the model is called here. Raises ConfigError for a malformed address, UnavailableError where nothing
+    answers.
     """
 
     def __init__(self, address: str, *, name: str | None = None) -> None:
-        parse_address(address)
+        host_and_port = parse_address(address)
+        try:
+            socket.create_connection(host_and_port, timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise UnavailableError(f"no server answers at {address} ({error}): is it started?") from None
         try:
             from grpc import aio
             from tritonclient.grpc import service_pb2

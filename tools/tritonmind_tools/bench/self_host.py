@@ -1,8 +1,11 @@
-"""A workspace served by the embedded server and then run by a bare engine, both with the same settings."""
+"""A workspace served by the embedded server or the API server, and run by a bare engine with the same settings."""
 
 from __future__ import annotations
 
+import http.client
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -10,12 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonmind.errors import WorkspaceError
+from tritonmind.errors import UnavailableError, WorkspaceError
 from tritonmind_tools.embedded_server import MODEL_NAME, EmbeddedServer
+from tritonmind_tools.ports import free_port
 
 if TYPE_CHECKING:
     from tritonmind.engine.client import EngineClient
 
+TRITON, API_SERVER = FRONT_ENDS = ("triton", "api_server")
+API_START_TIMEOUT_S = 600.0
+API_STOP_TIMEOUT_S = 30.0
 # config.pbtxt's parameters that are not the engine's.
 _ADAPTER_PARAMETERS = ("engine_failure", "drain_timeout_s", "max_sessions", "max_session_tokens", "default_priority")
 
@@ -63,6 +70,44 @@ def hosted(workspace: Path, settings: Mapping[str, object]) -> Iterator[Embedded
         (copy / "config.pbtxt").write_text("\n".join([(model / "config.pbtxt").read_text(), *lines, ""]))
         with EmbeddedServer(scratch, grpc_port=0, on_progress=lambda text: print(text, flush=True)) as server:
             yield server
+
+
+@contextmanager
+def hosted_api(workspace: Path, settings: Mapping[str, object]) -> Iterator[str]:
+    """The address of a ready API server in a process of its own. settings: the engine's, over the workspace's.
+
+    Raises UnavailableError when it does not get ready; what it prints says why.
+    """
+    port = free_port()
+    code = "import sys; from tritonmind_tools.cli import main; sys.exit(main())"
+    options = [f"{name}={value}" for name, value in settings.items()]
+    serve = ["serve", "api_server", str(workspace), "--server-port", str(port), "--model-name", MODEL_NAME]
+    process = subprocess.Popen([sys.executable, "-c", code, *serve, "--engine-options", *options])
+    try:
+        deadline = time.monotonic() + API_START_TIMEOUT_S
+        while not _is_healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise UnavailableError(f"the API server did not get ready (exit status {process.poll()})")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(API_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.client.OK
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 def engine_settings(address: str) -> dict[str, object]:

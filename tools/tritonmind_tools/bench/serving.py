@@ -7,8 +7,8 @@ send requests at random times, so many a second in the mean; the figure is answe
 time in which they arrive, each counted by the share of its tokens that came then: take several times an answer's time.
 
 Prompts are random and no prompt comes twice; answers are greedy and go on past eos. --self-host serves a workspace,
-or random weights of --shape, with the embedded server and then runs the same requests on a bare engine with the same
-settings.
+or random weights of --shape, with the embedded Triton server, or with the API server (--front-end api_server), and then
+runs the same requests on a bare engine with the same settings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.options import add_quant_policy
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
+from tritonmind_tools.bench.self_host import FRONT_ENDS
 from tritonmind_tools.bench.shapes import SHAPES
 from tritonmind_tools.embedded_server import MODEL_NAME
 
@@ -38,6 +39,9 @@ def register(kinds: Any) -> None:
         const="",
         metavar="WORKSPACE",
         help="serve this, or random weights of --shape, and compare with the bare engine",
+    )
+    parser.add_argument(
+        "--front-end", choices=FRONT_ENDS, default=FRONT_ENDS[0], help="of --self-host (default %(default)s)"
     )
     parser.add_argument("--concurrency", help="requests under way at once, comma-separated")
     rate = parser.add_mutually_exclusive_group()

@@ -1,9 +1,11 @@
-"""The same requests through an embedded server and on a bare engine, in one run: `bench serving --self-host`."""
+"""The same requests through a server and on a bare engine, in one run: `bench serving --self-host`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,16 @@ from tritonmind_tools.bench.options import chosen_settings
 from tritonmind_tools.bench.report import Report, print_table
 from tritonmind_tools.bench.report import precision as precision_of
 from tritonmind_tools.bench.rounds import run_round
-from tritonmind_tools.bench.self_host import bare_engine, engine_settings, hosted, model_folder, served_workspace
+from tritonmind_tools.bench.self_host import (
+    API_SERVER,
+    TRITON,
+    bare_engine,
+    engine_settings,
+    hosted,
+    hosted_api,
+    model_folder,
+    served_workspace,
+)
 from tritonmind_tools.bench.serving_load import WARM_UP_TOKENS, Load, make_row, measure
 from tritonmind_tools.bench.shapes import shape_name
 from tritonmind_tools.embedded_server import MODEL_NAME
@@ -40,10 +51,12 @@ def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loa
         **chosen_settings(args),
     }
     bandwidth = machine.copy_bandwidth()
-    with hosted(workspace, settings) as server:
-        target = Target(server.address, MODEL_NAME, model.vocab_size, args.processes, args.text_prompts)
+    with _hosted(workspace, args, settings) as address:
+        target = Target(address, MODEL_NAME, model.vocab_size, args.processes, args.text_prompts)
         results = measure(target, args, report, loads)
-        settings = engine_settings(server.address)
+        if args.front_end == TRITON:
+            settings = engine_settings(address)
+    report.notes["front end"] = args.front_end
     report.notes["settings"] = ", ".join(f"{name}={value}" for name, value in settings.items())
     batches = [load for load in loads if load.is_batch]
     engine_rows: dict[str, grid.Row] = {}
@@ -71,6 +84,17 @@ def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loa
         rows.append(row)
     _print(rows, engine_rows)
     return [*rows, *(dataclasses.asdict(row) for row in engine_rows.values())]
+
+
+@contextmanager
+def _hosted(workspace: Path, args: argparse.Namespace, settings: dict[str, object]) -> Iterator[str]:
+    """The address of a server with the chosen front end."""
+    if args.front_end == API_SERVER:
+        with hosted_api(workspace, settings) as address:
+            yield address
+    else:
+        with hosted(workspace, settings) as server:
+            yield server.address
 
 
 def _print(rows: list[dict[str, Any]], engine_rows: dict[str, grid.Row]) -> None:
