@@ -68,9 +68,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (message() | {"tools": [TOOL]}, "tools"),  # this model's way to call them is not known
     (message() | {"tool_choice": "required"}, "tool_choice"),
     (message() | {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-    (message() | {"response_format": {"type": "xml"}}, "response_format.type"),
-    (message() | {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema"),
-    (message() | {"response_format": {"type": "regex", "regex": 1}}, "response_format.regex"),
+    (message() | {"response_format": {"type": "xml"}}, "response_format"),
+    (message() | {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    (message() | {"response_format": {"type": "regex", "regex": 1}}, "response_format"),
     (message() | {"reasoning_effort": "low"}, "reasoning_effort"),
     (message() | {"audio": {"voice": "x"}}, "audio"),
     (message() | {"functions": []}, "functions"),

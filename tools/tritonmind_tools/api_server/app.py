@@ -117,7 +117,8 @@ def _add_generation(app: FastAPI, backend: Backend, settings: Settings) -> None:
     async def chat_completions(body: ChatBody) -> Response:
         _check_model(backend, body.model)
         with told(chat.NAMES):
-            return Reply(chat.ChatAnswer(body, backend, dialect).write, chat.NAMES)
+            answer = chat.ChatAnswer(body, backend, dialect)
+        return Reply(answer.write, answer.names)
 
     @app.post("/v1/completions", tags=["OpenAI"], summary="What follows a text")
     async def text_completions(body: CompletionBody) -> Response:

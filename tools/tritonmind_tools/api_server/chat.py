@@ -16,7 +16,7 @@ from tritonmind_tools.api_server.fields import invalid
 from tritonmind_tools.api_server.logprobs import chat_logprobs
 from tritonmind_tools.api_server.protocol import ChatBody
 from tritonmind_tools.api_server.replies import DONE, EVENT_STREAM, Writer, encode_json, event
-from tritonmind_tools.api_server.structured import calls_schema, checked_response_format, guided
+from tritonmind_tools.api_server.structured import guided, guided_call
 from tritonmind_tools.api_server.tool_calls import (
     FORCED,
     FORMATS,
@@ -128,6 +128,11 @@ class ChatAnswer:
         self._choices = [self._new_choice() for _ in range(self._request.params.n)]
         self._usage = Usage()
 
+    @property
+    def names(self) -> dict[str, str]:
+        """As NAMES; a forced call is held to a form that its client did not write."""
+        return {**NAMES, "response_format": "tools"} if self._tools.forced else NAMES
+
     async def write(self, writer: Writer) -> None:
         """Answer, all at once or as it comes."""
         async with aclosing(self._backend.answer(self._request)) as batches:
@@ -217,22 +222,19 @@ class ChatAnswer:
             one = self._tools.forced or self._body.parallel_tool_calls is False
             calls = ToolCallParser(form, self._tools.names, max_calls=1 if one else None)
         reasoning = None
-        if self._dialect.has_reasoning and not self._is_guided:
+        if self._dialect.has_reasoning and self._request.params.guided is None:
             variables = self._request.template_variables
             reasoning = ReasoningParser(inside=self._dialect.starts_inside(variables))
         return Choice(reasoning, calls)
 
     def _parsed(self) -> ParsedRequest:
         body, tools = self._body, self._tools
-        response_format = checked_response_format(body.response_format)
-        if response_format is not None and tools.forced:
+        form = guided(body.response_format)
+        if form is not None and tools.forced:
             raise invalid("tool_choice", "a call must come, or an answer by response_format: choose one")
-        form, param = response_format, "response_format"
         if tools.forced:
-            form = {"type": "json_schema", "json_schema": {"schema": calls_schema(tools.offered)}}
-            param = "tool_choice"
-        self._is_guided = form is not None
-        own = guided(form, param)
+            form = guided_call(tools.offered)
+        own: dict[str, Any] = {"guided": form}
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs", "goes with logprobs=true")
         if body.logprobs:

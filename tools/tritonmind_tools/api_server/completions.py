@@ -16,7 +16,7 @@ from tritonmind_tools.api_server.fields import invalid
 from tritonmind_tools.api_server.logprobs import CompletionLogprobs
 from tritonmind_tools.api_server.protocol import DEFAULT_COMPLETION_TOKENS, CompletionBody
 from tritonmind_tools.api_server.replies import DONE, EVENT_STREAM, Writer, encode_json, event
-from tritonmind_tools.api_server.structured import checked_response_format, guided
+from tritonmind_tools.api_server.structured import guided
 from tritonmind_tools.api_server.usage import Usage
 from tritonmind_tools.console_transport import Delta
 
@@ -182,7 +182,7 @@ class CompletionAnswer:
 
     def _parsed(self, prompt: str | list[int]) -> ParsedRequest:
         body = self._body
-        own = guided(checked_response_format(body.response_format))
+        own: dict[str, Any] = {"guided": guided(body.response_format)}
         own["max_tokens"] = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if self._echo_only:
             own["max_tokens"] = 1

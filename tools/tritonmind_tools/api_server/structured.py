@@ -1,68 +1,63 @@
-"""What holds an answer to a form: response_format, and a call that must come."""
+"""What holds an answer to a form: response_format, and a call of a tool that must come."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from tritonmind_tools.api_server.errors import refused
-from tritonmind_tools.api_server.fields import checked_json, invalid
+from tritonmind.guided import parse_response_format
+from tritonmind.messages import GuidedDecoding
 
-KINDS = ("text", "json_object", "json_schema", "regex")
-
-
-def checked_response_format(value: Any) -> dict[str, Any] | None:
-    """response_format without what has no effect; None where any text will do. Raises ApiError naming what is wrong."""
-    if value is None:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in KINDS:
-        raise invalid("response_format.type", f"must be one of {', '.join(KINDS)}")
-    assert isinstance(value, dict)
-    allowed = {"json_schema": {"type", "json_schema"}, "regex": {"type", "regex"}}.get(kind, {"type"})
-    unknown = sorted(value.keys() - allowed)
-    if unknown:
-        raise invalid("response_format", f"unknown key {unknown[0][:64]!r} with type {kind}", "unknown_parameter")
-    if kind == "regex":
-        if not isinstance(value.get("regex"), str):
-            raise invalid("response_format.regex", "must be a text", "invalid_type")
-        checked_json(value, "response_format")
-        return {"type": "regex", "regex": value["regex"]}
-    if kind == "json_schema":
-        return {"type": "json_schema", "json_schema": {"schema": _schema(value.get("json_schema"))}}
-    return None if kind == "text" else {"type": kind}
+_DEFINITIONS = "$defs"
+_POINTER = f"#/{_DEFINITIONS}/"
 
 
-def _schema(value: Any) -> dict[str, Any]:
-    where = "response_format.json_schema"
-    if not isinstance(value, dict) or not isinstance(value.get("schema"), dict):
-        raise invalid(where, 'must be {"name": ..., "schema": {...}}')
-    unknown = sorted(value.keys() - {"name", "schema", "description", "strict"})
-    if unknown:
-        raise invalid(where, f"unknown key {unknown[0][:64]!r}", "unknown_parameter")
-    checked_json(value, where)
-    schema: dict[str, Any] = value["schema"]
-    return schema
+def guided(response_format: Any) -> GuidedDecoding | None:
+    """What response_format asks for, None for any text. Raises InvalidRequestError."""
+    return None if response_format is None else parse_response_format(response_format)
 
 
-def calls_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON schema of a call of one of `tools`, as `tool_calls.FORCED` reads it."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+def response_format(form: GuidedDecoding) -> dict[str, Any]:
+    """The other way: as parse_response_format reads it."""
+    if form.kind == "json_object":
+        return {"type": form.kind}
+    if form.kind == "json_schema":
+        return {"type": form.kind, form.kind: {"schema": json.loads(form.spec)}}
+    return {"type": form.kind, form.kind: form.spec}
 
 
-def guided(response_format: dict[str, Any] | None, param: str = "response_format") -> dict[str, Any]:
-    """Options of SamplingParams that hold an answer to a form. Raises ApiError."""
-    if response_format is None:
-        return {}
-    raise refused(param, "structured output is not available in this version")
+def guided_call(tools: list[dict[str, Any]]) -> GuidedDecoding | None:
+    """A call of one of `tools`, as `tool_calls.FORCED` reads it. Raises InvalidRequestError."""
+    definitions: dict[str, Any] = {}
+    calls = [_call_schema(tool["function"], definitions) for tool in tools]
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if definitions:
+        schema[_DEFINITIONS] = definitions
+    return guided({"type": "json_schema", "json_schema": {"schema": schema}})
+
+
+def _call_schema(function: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A call's schema. Definitions of the parameters' own go to the root, where references find them."""
+    name = function["name"]
+    parameters = _renamed(function.get("parameters") or {"type": "object"}, name)
+    own = parameters.pop(_DEFINITIONS, {})
+    definitions.update({f"{name}.{key}": value for key, value in own.items()})
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _renamed(schema: Any, prefix: str) -> Any:
+    """A copy, with the names in references to definitions behind `prefix`."""
+    if isinstance(schema, list):
+        return [_renamed(item, prefix) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy = {key: _renamed(value, prefix) for key, value in schema.items()}
+    reference = copy.get("$ref")
+    if isinstance(reference, str) and reference.startswith(_POINTER):
+        copy["$ref"] = f"{_POINTER}{prefix}.{reference.removeprefix(_POINTER)}"
+    return copy

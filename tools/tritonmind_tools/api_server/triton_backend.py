@@ -25,6 +25,7 @@ from tritonmind.errors import (
 from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import SamplingParams
 from tritonmind_tools.api_server.backends import ServedModel, merged
+from tritonmind_tools.api_server.structured import response_format
 from tritonmind_tools.console_transport import Delta
 from tritonmind_tools.triton_client import MODEL_NAME, parse_address
 
@@ -202,7 +203,11 @@ class TritonBackend:
 
 def _options(params: SamplingParams) -> dict[str, Any]:
     """What differs from an option left out. Ids of logit_bias are texts in JSON."""
-    return {name: value for name, value in msgspec.to_builtins(params).items() if value != _NEUTRAL[name]}
+    options = {name: value for name, value in msgspec.to_builtins(params).items() if value != _NEUTRAL[name]}
+    if params.guided is not None:
+        del options["guided"]
+        options["response_format"] = response_format(params.guided)
+    return options
 
 
 def _deltas(response: Any) -> list[Delta]:
