@@ -248,13 +248,38 @@ def test_response_format_is_text_or_json_and_called_guided_within() -> None:
         parsed(response_format='{"type": "regex"}')
 
 
-@pytest.mark.parametrize("name", ["image", "lora_name", "guided_decoding_guide", "embedding_request"])
+def test_what_the_servers_openai_front_end_sends_for_tools() -> None:
+    """For backends of vLLM and of TensorRT-LLM, as its version 26.04 does."""
+    schema = '{"type": "object", "properties": {}}'
+    expected = GuidedDecoding("json_schema", '{"type":"object","properties":{}}')
+    rest = {"regex": None, "choice": None, "grammar": None, "json_object": None, "disable_fallback": False}
+    for value in (schema, json.loads(schema)):
+        text = json.dumps({"json": value, **rest, "whitespace_pattern": None})
+        assert parsed(sampling_parameters=json.dumps({"structured_outputs": text})).params.guided == expected
+    guide = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": schema}
+    assert parsed(**guide).params.guided == expected
+    assert parsed(guided_decoding_guide_type="json").params.guided == GuidedDecoding("json_schema", "{}")
+    choice = {"structured_outputs": {"choice": ["a+", "b"]}}
+    assert parsed(sampling_parameters=json.dumps(choice)).params.guided == GuidedDecoding("regex", r"a\+|b")
+    with pytest.raises(InvalidRequestError, match=r"guided_decoding_guide_type=.*goes without"):
+        parsed(**guide, response_format='{"type": "json_object"}')
+    for kind, said in (("json_schema", "missing"), ("ebnf_grammar", "missing"), ("structural_tag", "missing")):
+        with pytest.raises(InvalidRequestError, match=said):
+            parsed(guided_decoding_guide_type=kind)
+    with pytest.raises(InvalidRequestError, match="must be json"):
+        parsed(guided_decoding_guide_type="ebnf_grammar", guided_decoding_guide="root ::= [0-9]+")
+    for wrong in ({}, {"regex": "a", "json_object": True}, {"grammar": "x"}, {"json": "{"}, {"jason": "{}"}, [1]):
+        with pytest.raises(InvalidRequestError, match="structured_outputs="):
+            parsed(sampling_parameters=json.dumps({"structured_outputs": wrong}))
+
+
+@pytest.mark.parametrize("name", ["image", "lora_name", "embedding_request"])
 def test_what_this_backend_cannot_do_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
         parsed(**{name: "x"})
 
 
-@pytest.mark.parametrize("name", ["lora_name", "structured_outputs", "best_of"])
+@pytest.mark.parametrize("name", ["lora_name", "best_of"])
 def test_it_is_refused_in_json_too(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"{name}=.*leave it out"):
         parsed(sampling_parameters=json.dumps({name: 2}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -91,3 +92,20 @@ def test_a_shared_prefix_of_1000_tokens_is_not_computed_again(server: EmbeddedSe
     assert cold_cached == 0
     assert warm_cached == 1000 // 64 * 64
     assert warm < cold / 3
+
+
+def test_json_by_a_schema(server: EmbeddedServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"country": {"const": "France"}, "capital": {"type": "string", "maxLength": 20}},
+        "required": ["country", "capital"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in JSON."}]
+    with TritonClient(server.address) as client:
+        options = {"temperature": 0, "max_tokens": 100, "response_format": form}
+        deltas = list(client.generate(messages=messages, options=options))
+    answer = json.loads("".join(delta.text for delta in deltas))
+    assert answer.keys() == {"country", "capital"} and "Paris" in answer["capital"]
+    assert deltas[-1].finish_reason == "stop"

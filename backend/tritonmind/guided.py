@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -69,12 +70,76 @@ def parse_response_format(value: object) -> GuidedDecoding | None:
         case _JsonObject():
             return GuidedDecoding("json_object")
         case _JsonSchema():
-            return _checked("json_schema", msgspec.json.encode(form.json_schema.schema).decode())
+            return _json_schema(FIELD, form.json_schema.schema)
         case _Regex():
             return _checked("regex", form.regex)
         case _Grammar():
             return _checked("grammar", form.grammar)
     return None
+
+
+class _StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's fields of that name, all but one of them None or false."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+    grammar: str | None = None
+    structural_tag: str | None = None
+    whitespace_pattern: str | None = None
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+
+
+def parse_structured_outputs(value: object) -> GuidedDecoding | None:
+    """The same of vLLM's `structured_outputs`, which Triton's OpenAI front end sends for its tools."""
+    name = "structured_outputs"
+    try:
+        fields = (
+            msgspec.json.decode(value, type=_StructuredOutputs)
+            if isinstance(value, str)
+            else msgspec.convert(value, _StructuredOutputs)
+        )
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(name, value, str(error)) from None
+    given = {field: wanted for field in fields.__struct_fields__ if (wanted := getattr(fields, field))}
+    given.pop("disable_fallback", None)
+    match given:
+        case {"json": str() | dict() as schema, **rest} if not rest:
+            return _json_schema(name, schema)
+        case {"regex": str() as expression, **rest} if not rest:
+            return _checked("regex", expression)
+        case {"choice": list() as texts, **rest} if not rest:
+            return _checked("regex", "|".join(map(re.escape, texts)))
+        case {"json_object": True, **rest} if not rest:
+            return GuidedDecoding("json_object")
+    raise InvalidRequestError(
+        name, value, f"asks for {' and '.join(given) or 'nothing'}; send json, regex, choice or json_object"
+    )
+
+
+def parse_guide(kind: str | None, guide: str | None) -> GuidedDecoding:
+    """The same of TensorRT-LLM's inputs `guided_decoding_guide_type` and `guided_decoding_guide`."""
+    if kind == "json":
+        return GuidedDecoding("json_schema", "{}")
+    if guide is None:
+        raise InvalidRequestError("guided_decoding_guide", "", "is missing beside its type")
+    if kind == "json_schema":
+        return _json_schema("guided_decoding_guide", guide)
+    if kind == "regex":
+        return _checked("regex", guide)
+    raise InvalidRequestError("guided_decoding_guide_type", kind, "must be json, json_schema or regex")
+
+
+def _json_schema(name: str, schema: str | dict[str, Any]) -> GuidedDecoding:
+    """A schema in one spelling, whether it came as text or decoded."""
+    try:
+        decoded = msgspec.json.decode(schema, type=dict[str, Any]) if isinstance(schema, str) else schema
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(name, schema, f"is no JSON schema: {error}") from None
+    return _checked("json_schema", msgspec.json.encode(decoded).decode())
 
 
 def _checked(kind: Any, spec: str) -> GuidedDecoding:

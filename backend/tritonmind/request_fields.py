@@ -18,7 +18,7 @@ import numpy as np
 
 from tritonmind.chat_template import Message, parse_messages, parse_template_variables, parse_tools
 from tritonmind.errors import InvalidRequestError
-from tritonmind.guided import FIELD, parse_response_format
+from tritonmind.guided import FIELD, parse_guide, parse_response_format, parse_structured_outputs
 from tritonmind.sampling_params import SamplingParams
 
 TritonType = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64", "TYPE_FP32"]
@@ -122,14 +122,14 @@ _SPELLINGS = {
     "logprobs": "num_logprobs",
     "prompt_logprobs": "num_prompt_logprobs",
     "include_stop_str_in_output": "include_stop",
+    "structured_outputs": FIELD,
 }
+# As TensorRT-LLM's backend has what others call response_format: in two inputs.
+_GUIDE_TYPE, _GUIDE = "guided_decoding_guide_type", "guided_decoding_guide"
 # What clients of other backends may send and this one has no answer to: refused by name, never left out silently.
 _UNSUPPORTED = {
     "image": "models that see images are not served",
     "lora_name": "adapters are not served: merge the adapter into the checkpoint",
-    "guided_decoding_guide_type": "send response_format instead",
-    "guided_decoding_guide": "send response_format instead",
-    "structured_outputs": "send response_format instead",
     "embedding_request": "embeddings are not served",
     "best_of": "send n requests and choose",
     "use_beam_search": "beam search is not available",
@@ -144,6 +144,7 @@ _FLAG_TYPES: dict[str, Any] = {field.name: bool for field in INPUTS if field.dat
 # Whole numbers of a request, each from 0 to the largest value of its tensor's type.
 _NUMBER_LIMITS = {"session_id": 2**64 - 1, "step": 2**31 - 1, "priority": 2**31 - 1}
 _OPTION_TYPES = _FLAG_TYPES | _SAMPLING_TYPES | dict.fromkeys(_NUMBER_LIMITS, int)
+_OPTION_TYPES |= {_GUIDE_TYPE: str, _GUIDE: str}
 _OPTION_TYPES |= {"timeout_ms": float, "timeout": int}  # timeout is the Triton server's own, in microseconds
 # What the server and its clients put among the parameters for their own use.
 _FOREIGN_PARAMETERS = frozenset({"id"})
@@ -202,7 +203,7 @@ class _Options:
         if name in _UNSUPPORTED:
             raise InvalidRequestError(name, value, f"{_UNSUPPORTED[name]}; leave it out")
         canonical = _SPELLINGS.get(name, name)
-        value = _convert(canonical, value)
+        value = parse_structured_outputs(value) if name == "structured_outputs" else _convert(canonical, value)
         if canonical in self._given:
             other_source, other = self._given[canonical]
             if not _same(value, other):
@@ -240,6 +241,11 @@ class _Options:
         values = {name: value for name, (_, value) in self._given.items() if name in _SAMPLING_TYPES}
         if any(self.flag(f"return_{name}", False) for name in _LOGPROB_OUTPUTS):
             values.setdefault("num_logprobs", 0)
+        if _GUIDE_TYPE in self._given or _GUIDE in self._given:
+            kind, guide = (self._given.get(name, ("", None))[1] for name in (_GUIDE_TYPE, _GUIDE))
+            if FIELD in values:
+                raise InvalidRequestError(_GUIDE_TYPE, kind, f"goes without {FIELD}: leave one out")
+            values[FIELD] = parse_guide(kind, guide)
         if FIELD in values:
             values["guided"] = values.pop(FIELD)
         return SamplingParams(**values)

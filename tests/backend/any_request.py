@@ -24,7 +24,7 @@ DTYPES: dict[str, Any] = {
     "TYPE_FP32": np.float32,
 }
 JSON_KEYS = (*(name for name in SamplingParams.__struct_fields__ if name != "guided"), "response_format")
-UNSUPPORTED_KEYS = ("structured_outputs", "best_of", "use_beam_search", "beam_width")  # no tensor has their name
+UNSUPPORTED_KEYS = ("best_of", "use_beam_search", "beam_width")  # no tensor has their name
 # These stand for something else than an option of an answer, or are refused whatever they say: drawn apart.
 _APART = {
     *PROMPT_FIELDS, "sampling_parameters", "session_id", "sequence_start", "sequence_end", "session_stop", "step",
@@ -93,7 +93,9 @@ _json_values = st.recursive(
     max_leaves=6,
 )
 _odd_json = st.dictionaries(
-    st.sampled_from([*JSON_KEYS, "logprobs", "include_stop_str_in_output", "stream", *UNSUPPORTED_KEYS])
+    st.sampled_from(
+        [*JSON_KEYS, "logprobs", "structured_outputs", "include_stop_str_in_output", "stream", *UNSUPPORTED_KEYS]
+    )
     | st.text(max_size=4),
     _json_values,
     max_size=3,

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import jsonschema_rs
 import pytest
 
 from tests.engine.test_sampling_options import DEVICES, PROMPTS, Served
@@ -79,6 +78,7 @@ def generate(served: Served, **options: Any) -> list[Completion]:
 
 
 def test_two_hundred_answers_are_what_was_asked_for(served: Served) -> None:
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
     num_answers = 0
     for wanted in (PERSON, LIST, NESTED):
         validator = jsonschema_rs.validator_for(wanted, validate_formats=True)

@@ -237,6 +237,20 @@ def _edit_logits(setting: Setting, point: Point) -> Case:
     return Case(count * (4 * 4 + 2 * setting.dtype.itemsize), 0, make)
 
 
+def _mask_tokens(setting: Setting, point: Point) -> Case:
+    """A mask for each row, which forbids every second token: as many bytes are written as if it were all."""
+    rows, vocab_size = point.num_seqs, setting.shape.vocab_size
+    num_words = kernels.mask_words(vocab_size)
+
+    def make() -> Callable[[], object]:
+        logits = random(setting, rows, vocab_size)
+        masks = torch.full((rows, num_words), 0x55555555, dtype=torch.int32, device=setting.device)
+        row = indices(setting, rows)
+        return lambda: kernels.mask_tokens(logits, row, masks)
+
+    return Case(rows * (num_words * 4 + vocab_size * setting.dtype.itemsize), 0, make)
+
+
 def _prepare_tokens(setting: Setting, point: Point) -> Case:
     count = point.num_tokens
 
@@ -302,5 +316,6 @@ KERNELS = (
     Kernel("sample top-k top-p", "sample_tokens", True, False, _sampling(top_k=50, top_p=0.9)),
     Kernel("sample penalties", "sample_tokens", True, False, _sampling(penalty=1.1)),
     Kernel("edit_logits", "edit_logits", True, False, _edit_logits),
+    Kernel("mask_tokens", "mask_tokens", True, False, _mask_tokens),
     Kernel("token_logprobs", "token_logprobs", True, False, _token_logprobs),
 )

@@ -32,7 +32,7 @@ GROUPS = (
     ("norm", re.compile(r"rms_norm")),
     ("rotary and KV write", re.compile(r"rotary|kv_write")),
     ("activation", re.compile(r"silu")),
-    ("sampling", re.compile(r"_score_kernel|_choose_kernel|_edit_logits|logprob|argmax|topk", re.I)),
+    ("sampling", re.compile(r"_score_kernel|_choose_kernel|_edit_logits|_mask_tokens|logprob|argmax|topk", re.I)),
     ("step inputs", re.compile(r"_prepare_|_write_block_tables|gather_rows|embedding", re.I)),
     ("copies", re.compile(r"memcpy|memset|copy|fill", re.I)),
 )
