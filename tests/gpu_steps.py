@@ -10,7 +10,7 @@ import torch
 
 from tritonmind.engine.decode_batch import NO_BLOCK, DecodeRows
 from tritonmind.engine.model_runner import ModelRunner
-from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import Sequence, SequenceStatus
 

@@ -38,13 +38,34 @@ class QuantPolicy(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Rotary embedding scaling, fields as in a Hugging Face `rope_scaling` / `rope_parameters` dictionary."""
+    """Rotary embedding scaling, fields as in a Hugging Face `rope_scaling` / `rope_parameters` dictionary.
 
-    rope_type: Literal["linear", "dynamic", "llama3"]
+    attention_factor: of the cosines and sines of yarn and longrope, resolved from what the checkpoint says.
+    """
+
+    rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ConfigError(f"rope_scaling: factor={self.factor} must be at least 1")
+        needed: dict[str, tuple[str, ...]] = {
+            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": ("original_max_position_embeddings",),
+            "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
+        }
+        for name in needed.get(self.rope_type, ()):
+            if not getattr(self, name):
+                raise ConfigError(f"rope_scaling of type {self.rope_type} needs {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +73,9 @@ class ModelConfig:
     """Facts of a decoder, as `weights/model.json` holds them.
 
     `weight_type` is the type of the stored linear weights of the layers; `group_size` is 0 unless they are int4, and
-    `unquantized_type`, the type of everything else, says something only then: read `float_type`.
+    `unquantized_type`, the type of everything else, says something only then: read `float_type`. `qk_norm`: each head
+    of q and k is normalised before it is rotated. `sliding_window`: how many tokens a query sees, itself included; 0 is
+    all of them. `use_logn_attn`: queries beyond `max_position_embeddings`, the trained length, are scaled.
     """
 
     architecture: str
@@ -70,6 +93,9 @@ class ModelConfig:
     max_position_embeddings: int
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0
+    use_logn_attn: bool = False
     tie_word_embeddings: bool = False
     weight_type: WeightType
     group_size: int = 0
@@ -94,6 +120,14 @@ class ModelConfig:
             raise ConfigError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding pairs its halves")
+        if self.sliding_window < 0:
+            raise ConfigError(f"sliding_window={self.sliding_window} must be 0 (none) or positive")
+        if self.use_logn_attn and self.max_position_embeddings < 2:
+            raise ConfigError("use_logn_attn needs max_position_embeddings of at least 2: it divides by its logarithm")
+        for name in ("short_factor", "long_factor"):
+            factors = () if self.rope_scaling is None else getattr(self.rope_scaling, name)
+            if factors and len(factors) != self.head_dim // 2:
+                raise ConfigError(f"rope_scaling: {name} has {len(factors)} values, not head_dim / 2")
         if self.weight_type == "int4":
             self._check_groups()
         elif self.group_size:

@@ -50,6 +50,7 @@ class Sequence:
         "status",
         "stop_token_ids",
         "token_ids",
+        "variant",
     )
 
     def __init__(self, request: EngineRequest, arrival: int = 0) -> None:
@@ -65,6 +66,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # set when first admitted
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, extended as tokens become known
+        self.variant = 0  # of its rotary frequencies, since it was admitted: how many limits its length exceeded
         self.num_committed_blocks = 0  # leading blocks already offered to the prefix cache
         self.admission = -1  # changes each time it is admitted: what the runner kept of an earlier time is stale
         self.slot = -1  # row of the runner's per-sequence state while RUNNING

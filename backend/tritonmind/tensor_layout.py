@@ -106,6 +106,9 @@ def _common(model: ModelConfig) -> Iterator[TensorSpec]:
     yield TensorSpec("tok_embeddings.weight", (model.vocab_size, hidden), dtype)
     for i in range(model.num_layers):
         yield TensorSpec(f"layers.{i}.attention_norm.weight", (hidden,), dtype)
+        if model.qk_norm:
+            yield TensorSpec(f"layers.{i}.attention.q_norm.weight", (model.head_dim,), dtype)
+            yield TensorSpec(f"layers.{i}.attention.k_norm.weight", (model.head_dim,), dtype)
         yield TensorSpec(f"layers.{i}.ffn_norm.weight", (hidden,), dtype)
     yield TensorSpec("norm.weight", (hidden,), dtype)
     if not model.tie_word_embeddings:

@@ -17,7 +17,7 @@ from tritonmind.config import EngineConfig, SchedulerConfig
 from tritonmind.engine.cuda_graph import MAX_PREFILLS, batch_buckets, bucket_of, token_buckets
 from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.model_runner import StepResult
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler_output import SchedulerOutput
 from tritonmind.model_inputs import ModelInputs
 
 VOCAB_SIZE = 97

@@ -14,7 +14,7 @@ from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
 from tests.tolerances import assert_close
 from tritonmind.engine.decode_batch import FROM_DEVICE
 from tritonmind.engine.model_runner import ModelRunner, _Graphs
-from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.workspace import Workspace
 
 NUM_BLOCKS = 30

@@ -13,7 +13,7 @@ from tests.workspaces import tiny_workspace
 from tritonmind.config import QuantPolicy
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
-from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.errors import ConfigError
 from tritonmind.kernels.dispatch import force_triton
 from tritonmind.kernels.kv_quant import asymmetric_scale

@@ -16,7 +16,7 @@ from tests.workspaces import convert
 from tritonmind.engine.core import EngineCore
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler_output import SchedulerOutput
 from tritonmind.messages import EngineRequest
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.workspace import Workspace

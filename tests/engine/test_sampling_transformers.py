@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tritonmind.engine.logit_edits import LogitEditor
-from tritonmind.engine.scheduler import ScheduledSequence
+from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import Sequence

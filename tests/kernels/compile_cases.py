@@ -32,6 +32,7 @@ from tritonmind.kernels import (
     w4_layout,
 )
 from tritonmind.kernels.flat_pages import FlatPages
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.int8_layout import Int8Weight
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.tile_table import KERNELS, Card, Tile, takes_many_rows
@@ -45,6 +46,7 @@ NUM_SEQS, HIDDEN, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE = 4, 4096, 8, 4, 128
 NUM_HEADS = NUM_KV_HEADS * GROUP
 VOCAB_SIZES = (32000, 128256)
 MAX_ROWS = 2048
+WINDOW = 4096  # Mistral's
 # Of Llama-2-7B and Llama-3-8B, in the order of tile_table.KERNELS; the one that a quick run compiles comes first.
 SIZES = {
     "linear": [(4096, 4096), (12288, 4096), (4096, 11008)],
@@ -203,18 +205,26 @@ def _decode(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) ->
     if itemsize == 1 and head_dim == HEAD_DIM:
         kinds.append(LAYER_SCALES)
     for num_seqs in (1, rows):
-        plan = triton_decode_plan.plan_decode(
-            _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, itemsize, 0
+        plan, windowed = (
+            triton_decode_plan.plan_decode(
+                _ints(num_seqs), num_heads, NUM_KV_HEADS, head_dim, block_size, itemsize, window, 0
+            )
+            for window in (0, WINDOW)
         )
         q, tables = torch.empty(num_seqs, num_heads, head_dim, dtype=dtype), _ints(2 * num_seqs).view(num_seqs, 2)
         for scales in kinds:
-            triton_decode_attention.paged_decode_attention(q, pool, pool, tables, plan, 0.1, scales, q)
+            triton_decode_attention.paged_decode_attention(q, pool, pool, tables, plan, 0.1, 0, scales, q)
+            if head_dim == HEAD_DIM and rows == num_seqs:
+                triton_decode_attention.paged_decode_attention(q, pool, pool, tables, windowed, 0.1, WINDOW, scales, q)
 
 
 def _prefill(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
     q, pool = torch.empty(NUM_SEQS, NUM_KV_HEADS * sizes["group"], sizes["head_dim"], dtype=dtype), _pool(sizes, dtype)
     tables, starts = _ints(2 * NUM_SEQS).view(NUM_SEQS, 2), _ints(NUM_SEQS + 1)
-    triton_prefill_attention.paged_prefill_attention(q, pool, pool, tables, starts, _ints(NUM_SEQS), rows, 0.1, q)
+    for window in (0, WINDOW) if sizes["head_dim"] == HEAD_DIM else (0,):
+        triton_prefill_attention.paged_prefill_attention(
+            q, pool, pool, tables, starts, _ints(NUM_SEQS), rows, 0.1, window, q
+        )
 
 
 def _layer(dtype: torch.dtype, splits: int) -> None:
@@ -234,7 +244,9 @@ def _layer(dtype: torch.dtype, splits: int) -> None:
         cache = pool if scales is None else pages
         for flat in (None,) if scales is None else (None, FlatPages(pool, pool, [], ints)):
             angles = torch.empty(16, HEAD_DIM)
-            triton_rotary.rotary_kv_write(qkv, angles, ints.long(), ints, cache, cache, scales, flat, q)
+            rotary = functools.partial(triton_rotary.rotary_kv_write, qkv, angles, ints.long(), ints, cache, cache)
+            rotary(None, None, scales, flat, q)
+            rotary(HeadNorms(hidden[0, :HEAD_DIM], hidden[1, :HEAD_DIM], 1e-6), angles[:, 0], scales, flat, q)
         if scales is not None:
             triton_flat_pages.flatten_pages(pages, pages, scales, ints, ints, ints, pool, pool)
     triton_activation.silu_mul(torch.empty(NUM_SEQS, 2 * HIDDEN, dtype=dtype), hidden)
@@ -257,10 +269,11 @@ def _step_inputs() -> None:
     ints, tables = _ints(8), _ints(8).view(4, 2)
     longs, rows = ints.long(), ints[:4]
     triton_step_inputs.write_block_tables(tables, ints, ints)
-    triton_step_inputs.prepare_tokens(ints, ints, ints, longs, tables, BLOCK_SIZE, longs, longs, ints)
-    triton_step_inputs.prepare_decodes(
-        rows, rows, rows, rows, longs, tables, BLOCK_SIZE, longs[:4], longs[:4], rows, tables.clone()
-    )
+    for limits in (None, ints[:2]):
+        triton_step_inputs.prepare_tokens(ints, ints, ints, longs, tables, BLOCK_SIZE, limits, longs, longs, ints)
+        triton_step_inputs.prepare_decodes(
+            rows, rows, rows, rows, longs, tables, BLOCK_SIZE, limits, longs[:4], longs[:4], rows, tables.clone()
+        )
 
 
 def _pool(sizes: dict[str, int], dtype: torch.dtype) -> torch.Tensor:

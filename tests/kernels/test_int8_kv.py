@@ -27,7 +27,7 @@ LAYER_SCALES = LayerScales(0.03, 0.4, 0.02, -0.3)
 
 def check_decode(
     heads: tuple[int, int, int], context_lens: list[int], kind: str, target: Target, *, block_size: int,
-    num_programs: int = 0,
+    num_programs: int = 0, window: int = 0,
 ) -> None:  # fmt: skip
     num_heads, num_kv_heads, head_dim = heads
     pages, scales = int8_pages(
@@ -38,14 +38,26 @@ def check_decode(
     out = torch.full_like(q, float("nan"))
     plan = plan_decode(
         pages.context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-        dtype=q.dtype, int8_kv=True, num_programs=num_programs,
+        dtype=q.dtype, int8_kv=True, window=window, num_programs=num_programs,
     )  # fmt: skip
     scale = head_dim**-0.5
-    assert paged_decode_attention(q, *pages, softmax_scale=scale, scales=scales, plan=plan, out=out) is out
+    result = paged_decode_attention(q, *pages, softmax_scale=scale, window=window, scales=scales, plan=plan, out=out)
+    assert result is out
     expected = reference.paged_decode_attention(
-        q.cpu().float(), *(tensor.cpu() for tensor in pages), softmax_scale=scale, scales=on_cpu(scales)
+        q.cpu().float(), *(tensor.cpu() for tensor in pages), softmax_scale=scale, window=window, scales=on_cpu(scales)
     )
     assert_close(out, expected, target.dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_window(kind: str, target: Target) -> None:
+    check_decode((9, 3, 64), [0, 1, 75, 130], kind, target, block_size=16, num_programs=7, window=40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_windows(kind: str, gpu_target: Target) -> None:
+    lens = [1, 2047, 0, 64, 333, 4096, 20000]
+    check_decode((32, 8, 128), lens, kind, gpu_target, block_size=64, window=1000)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -14,14 +14,15 @@ LARGE_HEADS = [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (40, 40, 8
 CONTEXT_LENS = [0, 1, 7, 32, 75]
 
 
-def reference_of(q: torch.Tensor, pages: Pages, softmax_scale: float) -> torch.Tensor:
+def reference_of(q: torch.Tensor, pages: Pages, softmax_scale: float, window: int = 0) -> torch.Tensor:
     k_cache, v_cache, block_tables, context_lens = (tensor.cpu() for tensor in pages)
     return reference.paged_decode_attention(
-        q.cpu().float(), k_cache.float(), v_cache.float(), block_tables, context_lens, softmax_scale=softmax_scale
-    )
+        q.cpu().float(), k_cache.float(), v_cache.float(), block_tables, context_lens, softmax_scale=softmax_scale,
+        window=window,
+    )  # fmt: skip
 
 
-def plan_of(q: torch.Tensor, pages: Pages, num_programs: int) -> DecodePlan | None:
+def plan_of(q: torch.Tensor, pages: Pages, num_programs: int, window: int = 0) -> DecodePlan | None:
     return plan_decode(
         pages.context_lens,
         num_heads=q.shape[1],
@@ -29,6 +30,7 @@ def plan_of(q: torch.Tensor, pages: Pages, num_programs: int) -> DecodePlan | No
         head_dim=q.shape[2],
         block_size=pages.k_cache.shape[2],
         dtype=q.dtype,
+        window=window,
         num_programs=num_programs,
     )
 
@@ -43,17 +45,18 @@ def pieces_of(plan: DecodePlan | None) -> list[tuple[int, int, int, int]]:
 
 
 def check(
-    heads: tuple[int, int, int], context_lens: list[int], target: Target, *, block_size: int, num_programs: int = 0
-) -> None:
+    heads: tuple[int, int, int], context_lens: list[int], target: Target, *, block_size: int, num_programs: int = 0,
+    window: int = 0,
+) -> None:  # fmt: skip
     """num_programs: that share the work, 0 for as many as the launcher chooses."""
     num_heads, num_kv_heads, head_dim = heads
     pages = make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target)
     q = 2 * target.randn(len(context_lens), num_heads, head_dim)
     out = torch.full_like(q, float("nan"))
     scale = head_dim**-0.5
-    plan = plan_of(q, pages, num_programs) if num_programs else None
-    assert paged_decode_attention(q, *pages, softmax_scale=scale, plan=plan, out=out) is out
-    assert_close(out, reference_of(q, pages, scale), target.dtype)
+    plan = plan_of(q, pages, num_programs, window) if num_programs else None
+    assert paged_decode_attention(q, *pages, softmax_scale=scale, window=window, plan=plan, out=out) is out
+    assert_close(out, reference_of(q, pages, scale, window), target.dtype)
 
 
 @pytest.mark.parametrize("num_programs", [1, 40])
@@ -63,6 +66,23 @@ def test_decode(heads: tuple[int, int, int], num_programs: int, target: Target) 
     if num_programs > 1 and not target.triton:
         pytest.skip("the CPU path has no pieces")
     check(heads, CONTEXT_LENS, target, block_size=32, num_programs=num_programs)
+
+
+@pytest.mark.parametrize("window", [1, 32, 40])
+@pytest.mark.parametrize("num_programs", [1, 40])
+def test_window(window: int, num_programs: int, target: Target) -> None:
+    """Of one tile and of several, in one piece and in many."""
+    if num_programs > 1 and not target.triton:
+        pytest.skip("the CPU path has no pieces")
+    lens = [*CONTEXT_LENS, 130]
+    check((6, 2, 64), lens, target, block_size=16, num_programs=num_programs, window=window)
+
+
+@pytest.mark.parametrize("num_programs", [0, 5000])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (9, 3, 64)], ids=str)
+def test_large_windows(heads: tuple[int, int, int], num_programs: int, gpu_target: Target) -> None:
+    lens = [1, 2047, 0, 64, 333, 4096, 20000]
+    check(heads, lens, gpu_target, block_size=64, num_programs=num_programs, window=1000)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])

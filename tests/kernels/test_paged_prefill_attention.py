@@ -21,6 +21,7 @@ def check(
     block_size: int = 16,
     num_before: int = 0,
     num_padding: int = 0,
+    window: int = 0,
 ) -> None:
     """num_before: rows of others, which stay. `num_padding` rows follow the last sequence: nobody's business."""
     num_heads, num_kv_heads, head_dim = heads
@@ -38,13 +39,15 @@ def check(
         pages.context_lens,
         max_query_len=max(query_lens),
         softmax_scale=scale,
+        window=window,
         out=out,
     )
     assert result is out
     k_cache, v_cache, block_tables, lengths = (tensor.cpu() for tensor in pages)
     expected = reference.paged_prefill_attention(
-        q.cpu().float(), k_cache.float(), v_cache.float(), block_tables, starts, lengths, softmax_scale=scale
-    )
+        q.cpu().float(), k_cache.float(), v_cache.float(), block_tables, starts, lengths, softmax_scale=scale,
+        window=window,
+    )  # fmt: skip
     assert out[:num_before].isnan().all()
     assert_close(out[num_before:num_tokens], expected[num_before:num_tokens], target.dtype)
 
@@ -70,6 +73,24 @@ def test_padding_rows(target: Target) -> None:
 
 def test_pages_larger_than_a_tile(target: Target) -> None:
     check((2, 1, 64), [9, 20], [140, 20], target, block_size=128)
+
+
+@pytest.mark.parametrize("window", [1, 16, 40])
+def test_window(window: int, target: Target) -> None:
+    """Shorter than a tile, of whole tiles, across their borders, longer than some sequences."""
+    check((2, 1, 64), [40, 20, 3], [75, 20, 60], target, window=window)
+
+
+def test_window_over_many_query_tiles(target: Target) -> None:
+    check((2, 1, 64), [300], [330], Target(False, "cpu", target.dtype) if target.device == "cpu" else target, window=37)
+
+
+@pytest.mark.parametrize("window", [100, 1024])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (9, 3, 64), (40, 40, 80)], ids=str)
+def test_large_windows(heads: tuple[int, int, int], window: int, gpu_target: Target) -> None:
+    """Those of many queries too, which without a window have a kernel of their own."""
+    check(heads, [257, 1, 64, 0, 500], [257, 300, 64, 10, 1777], gpu_target, block_size=64, window=window)
+    check(heads, [1700, 7], [2750, 2000], gpu_target, block_size=64, window=window, num_padding=3)
 
 
 @pytest.mark.parametrize("block_size", [64, 128])

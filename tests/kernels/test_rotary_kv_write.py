@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.kernel_cases import Target
 from tests.tolerances import assert_close
-from tritonmind.kernels import reference, rotary_kv_write
+from tritonmind.kernels import HeadNorms, reference, rotary_kv_write
 
 # (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4 and 7 heads, head_dims that are no power of two.
 HEADS = [(2, 2, 64), (9, 3, 64), (4, 1, 80), (7, 1, 96), (8, 2, 128)]
@@ -43,11 +43,17 @@ def make_inputs(
     )
 
 
-def check(heads: tuple[int, int, int], inputs: Inputs, target: Target) -> None:
+def check(
+    heads: tuple[int, int, int], inputs: Inputs, target: Target, norms: HeadNorms | None = None,
+    query_scales: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
     twins = Inputs(*(tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in inputs))
-    expected = reference.rotary_kv_write(*twins, **sizes)
-    assert_close(rotary_kv_write(*inputs, **sizes), expected, target.dtype)
+    expected = reference.rotary_kv_write(
+        *twins, **sizes, norms=norms and HeadNorms(norms.q.cpu().float(), norms.k.cpu().float(), norms.eps),
+        query_scales=None if query_scales is None else query_scales.cpu(),
+    )  # fmt: skip
+    assert_close(rotary_kv_write(*inputs, **sizes, norms=norms, query_scales=query_scales), expected, target.dtype)
     written = ~twins.k_cache.isnan()
     assert torch.equal(~inputs.k_cache.isnan().cpu(), written), "K is in other slots than slot_mapping says"
     assert torch.equal(~inputs.v_cache.isnan().cpu(), written), "V is in other slots than slot_mapping says"
@@ -61,10 +67,25 @@ def test_rotary_kv_write(heads: tuple[int, int, int], num_tokens: int, target: T
     check(heads, make_inputs(heads, num_tokens, target, num_skipped=num_tokens // 2), target)
 
 
+def norms_and_scales(head_dim: int, target: Target) -> tuple[HeadNorms, torch.Tensor]:
+    norms = HeadNorms(1 + 0.3 * target.randn(head_dim), 1 + 0.3 * target.randn(head_dim), 1e-2)
+    return norms, (0.5 + torch.rand(200)).to(target.device)
+
+
+@pytest.mark.parametrize("heads", [(7, 1, 96), (8, 2, 128)], ids=str)
+def test_normalised_heads_and_scaled_queries(heads: tuple[int, int, int], target: Target) -> None:
+    norms, scales = norms_and_scales(heads[2], target)
+    check(heads, make_inputs(heads, 3, target), target, norms, scales)
+    check(heads, make_inputs(heads, 1, target, num_skipped=0), target, norms)
+    check(heads, make_inputs(heads, 2, target), target, None, scales)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 64, 1025])
 @pytest.mark.parametrize("heads", LARGE_HEADS, ids=str)
 def test_large(heads: tuple[int, int, int], num_tokens: int, gpu_target: Target) -> None:
     check(heads, make_inputs(heads, num_tokens, gpu_target, block_size=64, num_skipped=num_tokens // 3), gpu_target)
+    inputs = make_inputs(heads, num_tokens, gpu_target, block_size=64, num_skipped=num_tokens // 3)
+    check(heads, inputs, gpu_target, *norms_and_scales(heads[2], gpu_target))
 
 
 def test_many_tokens_on_the_cpu() -> None:

@@ -107,6 +107,33 @@ def test_decodes(max_blocks: int, num_padding: int, target: Target) -> None:
     assert (out.block_tables[num_rows:] == -7).all()
 
 
+LIMITS = [20, 40]
+
+
+def test_positions_where_frequencies_depend_on_the_length(target: Target) -> None:
+    """Behind the tables of the limits that a sequence exceeds: a decode's by its context, a prompt's as it is told."""
+    last = torch.randint(0, 1000, (NUM_SLOTS,)).to(target.device)
+    tables = torch.randint(0, 10_000, (NUM_SLOTS, 4), dtype=torch.int32)
+    positions, slots, exceeded = [0, 3, 19, 39, -1, 41, 0], [1, 2, 2, 4, 0, 3, 3], [0, 1, 0, 1, 0, 2, 2]
+    codes = [slot + NUM_SLOTS * count for slot, count in zip(slots, exceeded, strict=True)]
+    out = prepare_tokens(
+        ints([7] * 7, target), ints(positions, target), ints(codes, target), last, tables.to(target.device),
+        block_size=BLOCK_SIZE, rope_limits=ints(LIMITS, target), out=empty_tokens(7, target),
+    )  # fmt: skip
+    assert out.positions.tolist() == [0, 23, 19, 59, 0, 101, 60]
+    for index in (0, 1, 2, 3, 5, 6):
+        block = int(tables[slots[index], positions[index] // BLOCK_SIZE])
+        assert out.slot_mapping[index] == block * BLOCK_SIZE + positions[index] % BLOCK_SIZE
+
+    lengths = [0, 1, 20, 21, 41]
+    decodes = prepare_decodes(
+        ints([7] * 5, target), ints(lengths, target), ints([0, 1, 2, 3, 4], target), ints([-1] * 5, target), last,
+        tables.to(target.device), block_size=BLOCK_SIZE, rope_limits=ints(LIMITS, target),
+        out=DecodeInputs(empty_tokens(5, target), torch.zeros(5, 4, dtype=torch.int32, device=target.device)),
+    )  # fmt: skip
+    assert decodes.tokens.positions.tolist() == [0, 0, 19, 40, 100]
+
+
 def test_arguments_are_checked() -> None:
     tables = torch.zeros(2, 4, dtype=torch.int32)
     index = torch.zeros(3, dtype=torch.int32)

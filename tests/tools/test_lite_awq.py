@@ -19,7 +19,7 @@ from tritonmind.config import ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind.kernels.awq_format import AwqWeight, dequantize, quantize, quantize_groups
 from tritonmind.kernels.reference import rms_norm
-from tritonmind.layers.rotary import cos_sin_table
+from tritonmind.layers.rotary import rotary_table
 from tritonmind_tools.cli import main
 from tritonmind_tools.lite import auto_awq as command
 from tritonmind_tools.lite import variants
@@ -68,7 +68,7 @@ def make_layer(num_kv_heads: int = 4, *, bias: bool = False, outliers: bool = Fa
         w_qkv[: 4 * 16] *= 0.02  # or each token would attend to one other alone
     return DecoderLayer(
         model=model,
-        cos_sin=cos_sin_table(model, TOKENS, CPU),
+        cos_sin=rotary_table(model, TOKENS, CPU).cos_sin,
         attention_norm=norms[0],
         w_qkv=w_qkv,
         qkv_bias=torch.randn(qkv_size) if bias else None,

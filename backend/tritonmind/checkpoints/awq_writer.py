@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from tritonmind.checkpoints.plan import expected_tensors
+from tritonmind.checkpoints.plan import expected_tensors, layer_number
 from tritonmind.checkpoints.quantization import QUANTIZATION_CONFIG, awq_config
 from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, SHARD_INDEX, SINGLE_FILE, Checkpoint, read_json
 from tritonmind.config import ModelConfig
@@ -155,9 +155,9 @@ class AwqCheckpointWriter:
 def _layer_by_layer(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of the checkpoint; a layer's come together, so that they can be written when the layer is done."""
     shapes = expected_tensors(model, "awq")
-    layers = [name for name in shapes if name.startswith("model.layers.")]
-    in_order = sorted(layers, key=lambda name: int(name.split(".")[2]))
-    first, *last = (name for name in shapes if name not in layers)
+    numbers = {name: number for name in shapes if (number := layer_number(model, name)) is not None}
+    in_order = sorted(numbers, key=numbers.__getitem__)
+    first, *last = (name for name in shapes if name not in numbers)
     return {name: shapes[name] for name in (first, *in_order, *last)}
 
 

@@ -1,28 +1,50 @@
-"""A Hugging Face config.json as a ModelConfig. What the engine cannot do is refused here, by name."""
+"""A Hugging Face config.json as a ModelConfig. What the engine cannot do is refused here, by name.
+
+Keys that are neither read nor listed in families.py have no part in what the architecture's own class computes.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tritonmind.config import FloatType, ModelConfig, RopeScaling, WeightType
 from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind.families import ARCHITECTURES, FAMILIES, UNSUPPORTED, Family
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-# What each kind of rotary scaling is described by. All of it is required, and nothing else is understood.
-_ROPE_FIELDS: dict[str, dict[str, type]] = {
-    "linear": {"factor": float},
-    "dynamic": {"factor": float},
+# What each kind of rotary scaling is described by: the type and whether it must be there. Nothing else is understood.
+_ROPE_FIELDS: dict[str, dict[str, tuple[type, bool]]] = {
+    "linear": {"factor": (float, True)},
+    "dynamic": {"factor": (float, True)},
     "llama3": {
-        "factor": float,
-        "low_freq_factor": float,
-        "high_freq_factor": float,
-        "original_max_position_embeddings": int,
+        "factor": (float, True),
+        "low_freq_factor": (float, True),
+        "high_freq_factor": (float, True),
+        "original_max_position_embeddings": (int, True),
+    },
+    "yarn": {
+        "factor": (float, True),
+        "original_max_position_embeddings": (int, False),
+        "attention_factor": (float, False),
+        "beta_fast": (float, False),
+        "beta_slow": (float, False),
+        "mscale": (float, False),
+        "mscale_all_dim": (float, False),
+        "truncate": (bool, False),
+    },
+    "longrope": {
+        "factor": (float, False),
+        "original_max_position_embeddings": (int, True),
+        "attention_factor": (float, False),
+        "short_factor": (list, True),
+        "long_factor": (list, True),
     },
 }
-_ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# finetuned: whether the model was trained with it, which changes nothing.
+_ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
-T = TypeVar("T", int, float, bool, str)
+T = TypeVar("T", int, float, bool, str, list)
 
 
 def model_config_from_hf(
@@ -36,15 +58,16 @@ def model_config_from_hf(
     bos_token_id: int,
     eos_token_ids: tuple[int, ...],
 ) -> ModelConfig:
-    """Defaults are those of Transformers' LlamaConfig. Raises CheckpointError naming `where`, the key and its value."""
+    """Defaults are those of the architecture's class. Raises CheckpointError naming `where`, the key and its value."""
     architecture = check_architecture(config, where)
-    reader = ConfigReader(config, where)
-    reader.refuse_unless("hidden_act", str, "silu", "silu")
-    reader.refuse_unless("mlp_bias", bool, False, False)
+    family = FAMILIES[architecture]
+    reader = ConfigReader(_as_llama(config, family, where), where)
+    _refuse_unsupported(reader)
+    if reader.get("hidden_act", str, "silu") != "swish":
+        reader.refuse_unless("hidden_act", str, "silu", "silu")
     num_heads = reader.get("num_attention_heads", int)
     hidden_size = reader.get("hidden_size", int)
     rope_theta, rope_scaling = _rope(reader)
-    attention_bias = reader.get("attention_bias", bool, False)
     vocab_size = reader.get("vocab_size", int)
     for token_id in (bos_token_id, *eos_token_ids):
         if not 0 <= token_id < vocab_size:
@@ -64,8 +87,11 @@ def model_config_from_hf(
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             max_position_embeddings=reader.get("max_position_embeddings", int, 2048),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias,
+            qkv_bias=_has_bias(reader, family.qkv_bias),
+            o_bias=_has_bias(reader, family.o_bias),
+            qk_norm=family.qk_norm,
+            sliding_window=_sliding_window(reader, family),
+            use_logn_attn=reader.get("use_logn_attn", bool, False),
             tie_word_embeddings=reader.get("tie_word_embeddings", bool, False),
             weight_type=weight_type,
             group_size=group_size,
@@ -87,6 +113,62 @@ def check_architecture(config: Mapping[str, Any], where: object) -> str:
             f"{where}: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     return names[0]
+
+
+def _as_llama(config: Mapping[str, Any], family: Family, where: object) -> Mapping[str, Any]:
+    """The configuration with Llama's keys, and the family's own defaults."""
+
+    def refuse(what: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {what} is not supported")
+
+    if family.adapt is not None:
+        config = family.adapt(config, refuse)
+    renamed = {key: config[name] for key, name in family.keys.items() if name in config}
+    # A key that is null has no default: with Mistral it means that there is no window.
+    return {**family.defaults, **config, **renamed}
+
+
+def _refuse_unsupported(reader: ConfigReader) -> None:
+    for feature in UNSUPPORTED:
+        for key in feature.keys:
+            value = reader.config.get(key)
+            if value and value not in feature.neutral:
+                raise CheckpointError(
+                    f"{reader.where}: {key}={value!r} asks for {feature.name}, which is not supported"
+                )
+
+
+def _has_bias(reader: ConfigReader, known: bool | str) -> bool:
+    return reader.get(known, bool, False) if isinstance(known, str) else known
+
+
+def _sliding_window(reader: ConfigReader, family: Family) -> int:
+    """Tokens that a query of any layer sees, 0 for all; Mistral's `sliding_window`, which Qwen has a switch for."""
+    config, where = reader.config, reader.where
+    window = reader.get("sliding_window", int, 0)
+    kinds = reader.get("layer_types", list, [])
+    if not family.windowed:
+        if window or any(kind != "full_attention" for kind in kinds):
+            raise CheckpointError(
+                f"{where}: a sliding window (sliding_window={config.get('sliding_window')!r}, "
+                f"layer_types={kinds!r}) is not one of {config['architectures'][0]}"
+            )
+        return 0
+    num_layers = reader.get("num_hidden_layers", int)
+    num_windowed = num_layers if window else 0
+    if "use_sliding_window" in config or "max_window_layers" in config:
+        first = reader.get("max_window_layers", int, num_layers)
+        num_windowed = max(num_layers - first, 0) if window and reader.get("use_sliding_window", bool, False) else 0
+    if kinds:
+        if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+            raise CheckpointError(f"{where}: layer_types: layers of type {unknown[0]!r} are not supported")
+        num_windowed = kinds.count("sliding_attention") if window else 0
+    if num_windowed not in (0, num_layers):
+        raise CheckpointError(
+            f"{where}: {num_windowed} of {num_layers} layers have a sliding window, which is not supported: "
+            "all layers must have one, or none"
+        )
+    return window if num_windowed else 0
 
 
 def token_ids(value: Any, where: object, key: str) -> tuple[int, ...]:
@@ -114,7 +196,7 @@ class ConfigReader:
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise CheckpointError(f"{self.where}: {key}={value!r} is not of type {kind.__name__}")
         return value
 
@@ -138,15 +220,51 @@ def _rope(reader: ConfigReader) -> tuple[float, RopeScaling | None]:
     inner.refuse_unless("partial_rotary_factor", float, 1.0, 1.0)
     rope_type = inner.get("rope_type", str, inner.get("type", str, "default"))
     if rope_type == "default":
-        return theta, None
-    fields = _ROPE_FIELDS.get(rope_type)
-    if fields is None:
+        fields = {}
+    elif rope_type in _ROPE_FIELDS:
+        fields = _ROPE_FIELDS[rope_type]
+    else:
         raise CheckpointError(
             f"{where}: {key} of type {rope_type!r} is not supported; supported are {', '.join(_ROPE_FIELDS)}"
         )
-    if unknown := sorted(name for name in rope if name not in _ROPE_COMMON | fields.keys()):
+    given = {name: value for name, value in rope.items() if value is not None}
+    if unknown := sorted(given.keys() - _ROPE_COMMON - fields.keys()):
         raise CheckpointError(
             f"{where}: {key} of type {rope_type} has {unknown[0]}={rope[unknown[0]]!r}: not supported"
         )
-    values = {name: inner.get(name, kind) for name, kind in fields.items()}
-    return theta, RopeScaling(rope_type=rope_type, **values)  # type: ignore[arg-type]
+    if not fields:
+        return theta, None
+    values: dict[str, Any] = {
+        name: inner.get(name, kind) for name, (kind, needed) in fields.items() if needed or name in given
+    }
+    trained = reader.get("max_position_embeddings", int, 2048)
+    try:
+        return theta, _resolved(rope_type, values, trained)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {key}: {error}") from None
+
+
+def _resolved(rope_type: str, values: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
+    """Of yarn (Peng et al. 2023) and longrope (Ding et al. 2024) the attention factor is made of the other fields.
+
+    Formulas and defaults are Transformers'.
+    """
+    if rope_type in ("yarn", "longrope"):
+        original = values.setdefault("original_max_position_embeddings", max_position_embeddings)
+        factor = values.setdefault("factor", max(max_position_embeddings / original, 1.0))
+        scales = values.pop("mscale", 0.0), values.pop("mscale_all_dim", 0.0)
+        if "attention_factor" not in values:
+            if rope_type == "longrope":
+                values["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original))
+            elif all(scales):
+                values["attention_factor"] = _mscale(factor, scales[0]) / _mscale(factor, scales[1])
+            else:
+                values["attention_factor"] = _mscale(factor, 1.0)
+    for name in ("short_factor", "long_factor"):
+        if name in values:
+            values[name] = tuple(float(value) for value in values[name])
+    return RopeScaling(rope_type=rope_type, **values)  # type: ignore[arg-type]
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -10,15 +10,13 @@ from functools import lru_cache
 
 import torch
 
-from tritonmind.checkpoints.plan import has_bias, linear_layers
+from tritonmind.checkpoints.plan import has_bias, linear_layers, max_parts
 from tritonmind.checkpoints.source import Checkpoint, Quantization
 from tritonmind.config import INT4_PER_WORD, ModelConfig
 from tritonmind.errors import CheckpointError
 from tritonmind.kernels.awq_format import MAX_LEVEL, AwqWeight, pack_nibbles, quantize
 
 Reader = Callable[[str, int, int, int], torch.Tensor]
-# q, k and v of a layer, which are read kind by kind.
-_FUSED_LAYERS = 3
 # Rounded together: what fits a CPU's cache is rounded three times as fast.
 _ROUNDED_ROWS = 512
 
@@ -27,7 +25,7 @@ def reader(checkpoint: Checkpoint, model: ModelConfig) -> Reader:
     """What reads tensors of an int4 model. Raises CheckpointError for an order of groups that it has no place for."""
     quantization = checkpoint.quantization
     if quantization is None:
-        return rounding_reader(checkpoint, model.group_size)
+        return rounding_reader(checkpoint, model.group_size, remembered=max_parts(model))
     if quantization.method == "gptq":
         _check_gptq(checkpoint, model, quantization)
         return gptq_reader(checkpoint, quantization)
@@ -53,8 +51,11 @@ def gptq_reader(checkpoint: Checkpoint, quantization: Quantization) -> Reader:
     return read
 
 
-def rounding_reader(checkpoint: Checkpoint, group_size: int) -> Reader:
-    """Quantises weights while they are read: each to the nearest level of its group."""
+def rounding_reader(checkpoint: Checkpoint, group_size: int, *, remembered: int) -> Reader:
+    """Quantises weights while they are read: each to the nearest level of its group.
+
+    remembered: parts of one tensor, at most, which are read kind by kind.
+    """
     # How many of the weight's inputs and outputs one step along each dimension stands for.
     units = {
         "qweight": (1, INT4_PER_WORD),
@@ -62,7 +63,7 @@ def rounding_reader(checkpoint: Checkpoint, group_size: int) -> Reader:
         "scales": (group_size, 1),
     }
 
-    @lru_cache(maxsize=_FUSED_LAYERS)
+    @lru_cache(maxsize=remembered)
     def quantized(module: str, dim: int, start: int, stop: int) -> AwqWeight:
         name = f"{module}.weight"
         try:

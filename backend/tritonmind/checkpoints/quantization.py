@@ -16,13 +16,13 @@ from tritonmind.checkpoints.hf_config import ConfigReader
 from tritonmind.checkpoints.source import CONFIG, Quantization, SourceTensor
 from tritonmind.config import INT4_PER_WORD
 from tritonmind.errors import CheckpointError
+from tritonmind.families import names_of
 
 QUANTIZATION_CONFIG = "quantization_config"
 BITS = 4
 # What is added to the zeros that a format of GPTQ stores.
 _GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _AWQ_VERSION = "gemm"
-_FIRST = "model.layers.0.self_attn.q_proj"
 
 
 def awq_config(group_size: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def quantization_of(config: Mapping[str, Any], tensors: Mapping[str, SourceTenso
     """
     given = config.get(QUANTIZATION_CONFIG)
     if not given:
-        return _from_tensors(tensors)
+        return _from_tensors(tensors, _first_linear(config))
     named = f"{where}: {QUANTIZATION_CONFIG}"
     if not isinstance(given, dict):
         raise CheckpointError(f"{named}={given!r} is not an object")
@@ -91,9 +91,15 @@ def _gptq(reader: ConfigReader, group_size: int) -> Quantization:
     return Quantization("gptq", group_size, _GPTQ_ZERO_OFFSETS[kind], reader.get("desc_act", bool, False))
 
 
-def _from_tensors(tensors: Mapping[str, SourceTensor]) -> Quantization | None:
+def _first_linear(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or [""]
+    names = names_of(str(architectures[0]))
+    return f"{names.layer.format(0)}.{names.qkv[0]}"
+
+
+def _from_tensors(tensors: Mapping[str, SourceTensor], first: str) -> Quantization | None:
     """What the shapes of one weight say: tools that write no quantization_config leave nothing else to go by."""
-    qweight, scales = tensors.get(f"{_FIRST}.qweight"), tensors.get(f"{_FIRST}.scales")
+    qweight, scales = tensors.get(f"{first}.qweight"), tensors.get(f"{first}.scales")
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
         return None
     rows, columns = qweight.shape
@@ -103,6 +109,6 @@ def _from_tensors(tensors: Mapping[str, SourceTensor]) -> Quantization | None:
     if columns == out_features and rows * INT4_PER_WORD % num_groups == 0:
         return Quantization("gptq", rows * INT4_PER_WORD // num_groups, _GPTQ_ZERO_OFFSETS["gptq"])
     raise CheckpointError(
-        f"{qweight.file}: {_FIRST}.qweight {list(qweight.shape)} beside scales {list(scales.shape)} is neither "
+        f"{qweight.file}: {first}.qweight {list(qweight.shape)} beside scales {list(scales.shape)} is neither "
         f"AWQ's nor GPTQ's layout of 4-bit weights, and {CONFIG} has no {QUANTIZATION_CONFIG}"
     )

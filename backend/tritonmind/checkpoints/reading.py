@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from tritonmind.checkpoints.hf_config import check_architecture, model_config_from_hf, token_ids
-from tritonmind.checkpoints.plan import EMBEDDING, HEAD, Step, check_tensors, conversion_plan
+from tritonmind.checkpoints.plan import Step, check_tensors, conversion_plan
 from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, Checkpoint, Method
 from tritonmind.config import FloatType, ModelConfig, WeightType
 from tritonmind.errors import CheckpointError, ConfigError
+from tritonmind.families import names_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,23 +104,25 @@ def read_weights(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Iterato
     """
     quantization = checkpoint.quantization
     check_tensors(model, checkpoint.tensors, checkpoint.path, quantization.method if quantization else None)
-    if model.tie_word_embeddings and HEAD in checkpoint.tensors:
-        _check_tied_head(checkpoint)
+    names = names_of(model.architecture)
+    if model.tie_word_embeddings and names.head in checkpoint.tensors:
+        _check_tied_head(checkpoint, names.head, names.embedding)
     read: Callable[[str, int, int, int], torch.Tensor] = checkpoint.read
     if model.weight_type == "int4":
         from tritonmind.checkpoints import int4_readers
 
         read = int4_readers.reader(checkpoint, model)
-    return ((step.target, _blocks(read, step)) for step in conversion_plan(model, tp))
+    return ((step.target, read_blocks(read, step)) for step in conversion_plan(model, tp))
 
 
-def _blocks(read: Callable[[str, int, int, int], torch.Tensor], step: Step) -> list[torch.Tensor]:
-    blocks = [read(*part) for part in step.parts]
-    if step.dim == 0 or len(blocks) == 1:
-        return blocks
+def read_blocks(read: Callable[[str, int, int, int], torch.Tensor], step: Step) -> list[torch.Tensor]:
+    """The blocks of rows that make up a step's tensor. read: elements of a tensor, as Checkpoint.read gives them."""
     import torch
 
-    return [torch.cat(blocks, step.dim)]
+    blocks = [read(*part) for part in step.parts]
+    if step.transform == "unit_rows":
+        blocks = [torch.nn.functional.normalize(block.float()) for block in blocks]
+    return blocks if step.dim == 0 or len(blocks) == 1 else [torch.cat(blocks, step.dim)]
 
 
 class _Stored(NamedTuple):
@@ -150,7 +153,8 @@ def _stored_as(checkpoint: Checkpoint, weight_type: str, model_format: str, grou
         float_type = cast(FloatType, weight_type)
     else:
         # The main type of 4-bit weights is that of their words; what is in a float type begins with the embedding.
-        embedding = checkpoint.tensors.get(EMBEDDING) if quantization else None
+        names = names_of(check_architecture(checkpoint.config, path))
+        embedding = checkpoint.tensors.get(names.embedding) if quantization else None
         float_type = _auto_float_type(path, embedding.dtype if embedding else checkpoint.main_dtype)
     if quantization:
         return _Stored("int4", quantization.group_size, float_type)
@@ -170,15 +174,15 @@ def _auto_float_type(path: Path, dtype: str) -> FloatType:
     return _AUTO_FLOAT_TYPE[dtype]
 
 
-def _check_tied_head(checkpoint: Checkpoint) -> None:
-    rows = checkpoint.tensors[EMBEDDING].shape[0]
-    same_shape = checkpoint.tensors[HEAD].shape == checkpoint.tensors[EMBEDDING].shape
+def _check_tied_head(checkpoint: Checkpoint, head: str, embedding: str) -> None:
+    rows = checkpoint.tensors[embedding].shape[0]
+    same_shape = checkpoint.tensors[head].shape == checkpoint.tensors[embedding].shape
     for start in range(0, rows, _COMPARED_ROWS):
         stop = min(rows, start + _COMPARED_ROWS)
-        if not same_shape or not checkpoint.read(HEAD, 0, start, stop).equal(
-            checkpoint.read(EMBEDDING, 0, start, stop)
+        if not same_shape or not checkpoint.read(head, 0, start, stop).equal(
+            checkpoint.read(embedding, 0, start, stop)
         ):
             raise CheckpointError(
-                f"{checkpoint.path}: tie_word_embeddings is true, but {HEAD} is not the same as {EMBEDDING}: "
+                f"{checkpoint.path}: tie_word_embeddings is true, but {head} is not the same as {embedding}: "
                 "set tie_word_embeddings to false in config.json, or remove that tensor"
             )

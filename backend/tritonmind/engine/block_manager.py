@@ -20,7 +20,9 @@ from hashlib import blake2b
 
 from tritonmind.sequence import Sequence
 
-_ROOT_HASH = b"\0" * 16
+
+def _root_hash(variant: int) -> bytes:
+    return variant.to_bytes(16, "little")
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
@@ -62,12 +64,16 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def admit(self, seq: Sequence) -> bool:
+    def admit(self, seq: Sequence, *, variant: int = 0) -> bool:
         """Give a sequence without blocks all blocks of its known tokens, reusing cached ones; False if they don't fit.
 
         At least the last token is left to compute, for its logits. Sets `num_computed_tokens` to what was reused.
+        variant: of rotary frequencies. Blocks are shared within one only: of another, K is another.
         """
         assert not seq.block_table
+        if seq.variant != variant:
+            seq.variant = variant
+            seq.block_hashes.clear()
         matched = self._match_prefix(seq)
         num_new = self.num_blocks_for(seq.num_tokens) - len(matched)
         # Matched blocks of reference count 0 leave the evictable set as well.
@@ -176,7 +182,9 @@ class BlockManager:
         hashes, size = seq.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else _ROOT_HASH, seq.token_ids[start : start + size]))
+            hashes.append(
+                hash_block(hashes[-1] if hashes else _root_hash(seq.variant), seq.token_ids[start : start + size])
+            )
 
     def _extend(self, seq: Sequence, num_blocks: int) -> None:
         for _ in range(num_blocks):

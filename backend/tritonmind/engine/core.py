@@ -20,7 +20,8 @@ from tritonmind.engine.device import resolve_device
 from tritonmind.engine.executor import Executor
 from tritonmind.engine.guides import GuideQueue
 from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
-from tritonmind.engine.scheduler import Scheduler, SchedulerOutput
+from tritonmind.engine.scheduler import Scheduler
+from tritonmind.engine.scheduler_output import SchedulerOutput
 from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, StepOutputs, TokenOutput
 from tritonmind.model_source import ModelSource
 
@@ -48,7 +49,7 @@ class EngineCore:
             config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
-        self.scheduler = Scheduler(limits, self.block_manager)
+        self.scheduler = Scheduler(limits, self.block_manager, rope_limits=runner.rope_limits)
         self.async_depth = (
             (0 if runner.device.type == "cpu" else 1) if config.async_depth == "auto" else config.async_depth
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tritonmind.config import EngineConfig
 from tritonmind.engine.model_runner import ModelRunner, StepHandle
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler_output import SchedulerOutput
 from tritonmind.errors import ConfigError
 from tritonmind.model_source import ModelSource
 

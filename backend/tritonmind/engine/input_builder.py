@@ -6,6 +6,7 @@ needs it. Tensors that CUDA graphs read are at the same address in every step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from tritonmind.config import EngineConfig
 from tritonmind.engine.cuda_graph import MAX_PREFILLS, MAX_QUERY_LEN
 from tritonmind.engine.decode_batch import DecodeRows
 from tritonmind.engine.sampler import DRAWS, Sampler
-from tritonmind.engine.scheduler import SchedulerOutput
+from tritonmind.engine.scheduler_output import SchedulerOutput
 from tritonmind.engine.staging import HostHead, PendingDraw, StepStaging, Tail
 from tritonmind.kernels import DecodeInputs, TokenInputs, prepare_decodes, prepare_tokens, write_block_tables
 from tritonmind.model_inputs import AttentionMetadata, ModelInputs
@@ -48,7 +49,8 @@ class Step(NamedTuple):
 class InputBuilder:
     """Inputs of one step at a time, built on the host, sent in one copy and completed on the device."""
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device, *, rope_limits: SequenceABC[int] = ()) -> None:
+        """rope_limits: lengths beyond which a sequence has other rotary frequencies; see kernels/step_inputs.py."""
         limits, self._block_size = config.scheduler, config.cache.block_size
         max_num_seqs, max_num_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
@@ -65,6 +67,7 @@ class InputBuilder:
         self._admissions = [-1] * max_num_seqs  # whose slot it is
         self._wishes: tuple[np.ndarray | None, int] = (None, 0)  # of the last slots that decoded
         self._is_cpu = device.type == "cpu"
+        self._rope_limits = torch.tensor(rope_limits, dtype=torch.int32, device=device) if rope_limits else None
         self._block_tables = torch.zeros((max_num_seqs, self.max_blocks), dtype=torch.int32, device=device)
         self._row_tables = torch.zeros_like(self._block_tables)  # by row of the step, for the graphs
         self._tokens = TokenInputs(
@@ -161,7 +164,11 @@ class InputBuilder:
             token_ids[end - len(chunk) : end] = chunk
         # Position of each token: its sequence's start plus its index within the chunk.
         positions[:num_tokens] = np.arange(num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
-        token_slots[:num_tokens] = np.repeat(slots, query_lens)
+        seq_slots = slots
+        if self._rope_limits is not None:
+            seqs = [*rows.seqs, *(item.seq for item in prefills)]
+            seq_slots = slots + self._max_num_seqs * np.array([seq.variant for seq in seqs], dtype=np.int32)
+        token_slots[:num_tokens] = np.repeat(seq_slots, query_lens)
         tail_indices[:], tail_blocks[:] = indices, blocks
         self._send(tail)
         return Step(
@@ -269,7 +276,7 @@ class InputBuilder:
         prepare_decodes(
             head.token_ids[:num_rows], head.context_lens[:num_rows], head.seq_slots[:num_rows],
             head.new_blocks[:num_rows], self.sampler.last_token_ids, self._block_tables,
-            block_size=self._block_size, out=DecodeInputs(tokens, tables),
+            block_size=self._block_size, rope_limits=self._rope_limits, out=DecodeInputs(tokens, tables),
         )  # fmt: skip
         if self._is_cpu:
             tables = tables[:, : self._num_columns(max_context_len)]
@@ -301,7 +308,7 @@ class InputBuilder:
             write_block_tables(self._block_tables, indices, blocks)
         prepare_tokens(
             token_ids, positions, slots, self.sampler.last_token_ids, self._block_tables,
-            block_size=self._block_size,
+            block_size=self._block_size, rope_limits=self._rope_limits,
             out=TokenInputs(*(tensor[: tail.num_tokens] for tensor in self._tokens)),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tritonmind.engine.scheduler import ScheduledSequence
+from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import edit_logits
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import Sequence

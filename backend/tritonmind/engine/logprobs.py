@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmind.engine.scheduler import ScheduledSequence
+from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import TokenLogprobs, token_logprobs
 from tritonmind.messages import TokenLogprob
 from tritonmind.models.llama import HiddenStates, LlamaForCausalLM

@@ -36,11 +36,12 @@ from tritonmind.engine.input_builder import InputBuilder, Step
 from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.sampler import DRAWS, EDITS, GUIDED, LOGPROBS
-from tritonmind.engine.scheduler import ScheduledSequence, SchedulerOutput
+from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.engine.staging import PendingDraw
 from tritonmind.engine.token_masks import TokenMasks
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import attention_variants, token_logprobs
+from tritonmind.layers.rotary import rope_limits
 from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
 from tritonmind.model_inputs import KVCache
 from tritonmind.model_source import ModelSource
@@ -127,6 +128,7 @@ class ModelRunner:
     """The model, its KV cache and the per-slot state of one rank. Ready to serve, and warm, once constructed.
 
     logits: [max_num_seqs, vocab_size], those of the last step by sampling row. memory_plan: where the memory went.
+    rope_limits: lengths beyond which a sequence has other rotary frequencies; see layers/rotary.py.
     """
 
     def __init__(self, source: ModelSource, config: EngineConfig) -> None:
@@ -150,7 +152,9 @@ class ModelRunner:
             lm_head_int8=config.lm_head_int8,
         )
         max_num_seqs = config.scheduler.max_num_seqs
-        self._builder = InputBuilder(config, self.device)
+        # The last limit is that of any sequence.
+        self.rope_limits = rope_limits(config.model, config.scheduler.max_model_len)[:-1]
+        self._builder = InputBuilder(config, self.device, rope_limits=self.rope_limits)
         self._sampler = self._builder.sampler
         self.logits = torch.zeros((max_num_seqs, config.model.vocab_size), dtype=self.dtype, device=self.device)
         self._editor = LogitEditor()
@@ -353,6 +357,10 @@ class ModelRunner:
         )  # fmt: skip
         for query_len in attention.max_query_lens:
             self._run_padding(0, [query_len])
+        if self.model.window:
+            # Those before are not longer than the window, and have another kernel.
+            for query_len in attention.max_query_lens:
+                self._run_padding(0, [query_len], num_earlier=limits.max_model_len - query_len)
         self._run_padding(0, [1], num_earlier=1)
         for num_decodes in attention.num_decodes:
             self._run_padding(num_decodes, [])

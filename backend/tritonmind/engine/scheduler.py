@@ -14,6 +14,9 @@ A sequence that cannot get a block takes it from the running sequence of the hig
 most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
 recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
 
+Where rotary frequencies depend on a sequence's length (see layers/rotary.py), one that outgrows its own goes back to
+the queue like a preempted one, and is computed again with others.
+
 `update()` takes the sampled ids of a step. One more step may have been scheduled in between: a sequence that ended is
 then in flight once more, and that token is thrown away.
 """
@@ -25,6 +28,7 @@ import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceABC
 from typing import NamedTuple
 
 import msgspec
@@ -32,6 +36,8 @@ import msgspec
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
+from tritonmind.engine.rope_growth import RopeGrowth
+from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.grammars import Guide
 from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
@@ -40,33 +46,6 @@ from tritonmind.sequence import Sequence, SequenceStatus
 MANY_DECODES, MIN_SHARED_TOKENS, MAX_HELD_STEPS = 128, 1024, 3
 
 _NOTHING = itertools.repeat(None)
-
-
-class ScheduledSequence(NamedTuple):
-    """`num_new_tokens` tokens of a sequence, from position `start`; `samples` if the step also draws its next token."""
-
-    seq: Sequence
-    start: int
-    num_new_tokens: int
-    samples: bool
-
-
-class SchedulerOutput(NamedTuple):
-    """The work of one step: decodes compute one token each and always sample, prefills compute a chunk of a prompt."""
-
-    decodes: DecodeRows
-    prefills: list[ScheduledSequence]
-
-    @property
-    def items(self) -> list[ScheduledSequence]:
-        """All of it one by one, decodes first."""
-        starts = self.decodes.starts.tolist()
-        decodes = [ScheduledSequence(seq, start, 1, True) for seq, start in zip(self.decodes.seqs, starts, strict=True)]
-        return decodes + self.prefills
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes.seqs) + sum(item.num_new_tokens for item in self.prefills)
 
 
 class _InFlight(NamedTuple):
@@ -79,8 +58,12 @@ class _InFlight(NamedTuple):
 class Scheduler:
     """Queues, slots and blocks of all live sequences. `max_num_batched_tokens` must be resolved (not 0)."""
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(
+        self, config: SchedulerConfig, block_manager: BlockManager, *, rope_limits: SequenceABC[int] = ()
+    ) -> None:
+        """rope_limits: see RopeGrowth."""
         assert config.max_num_batched_tokens >= config.max_num_seqs
+        self._rope = RopeGrowth(rope_limits)
         self.config = config
         self.block_manager = block_manager
         self.waiting: list[Sequence] = []  # in order of priority, then arrival
@@ -140,6 +123,8 @@ class Scheduler:
 
         `update` takes what the steps draw, in the same order.
         """
+        for seq in self._rope.take():
+            self._requeue(seq)
         num_preemptions_before = self.num_preemptions
         for seq in [seq for seq in self._prefilling if seq.num_tokens - seq.num_computed_tokens == 1]:
             self._prefilling.remove(seq)
@@ -153,8 +138,13 @@ class Scheduler:
             if item.samples:
                 item.seq.has_drawn = True
                 self._prefilling.remove(item.seq)
-                if item.seq.num_tokens < self._max_num_tokens(item.seq):
+                if item.seq.num_tokens < self._max_decoded_tokens(item.seq):
                     self._decode(item.seq)
+                elif item.seq.num_tokens < self._max_num_tokens(item.seq):
+                    self._rope.note(item.seq)
+        for seq in [rows.seqs[row] for row in rows.ending]:
+            if seq.num_tokens < self._max_num_tokens(seq):
+                self._rope.note(seq)
         output = SchedulerOutput(rows, prefills)
         if rows.seqs or prefills:
             self._in_flight.append(_InFlight(output, self._num_ended))
@@ -216,10 +206,10 @@ class Scheduler:
             assert num_tokens == len(seq.token_ids) + num_pending[seq], f"{seq.request_id}: a token is lost"
             assert num_computed < num_tokens <= self._max_num_tokens(seq)
             assert num_computed <= len(seq.block_table) * self.block_manager.block_size, "tokens without a block"
-        self._decoding.check_integrity(self._max_num_tokens)
+        self._decoding.check_integrity(self._max_decoded_tokens)
         decoding = [seq for seq in self.running if seq.row >= 0]
         assert set(decoding) == set(self._decoding.seqs), "a row without its sequence, or the other way round"
-        rest = [seq for seq in self.running if seq.row < 0 and seq.num_tokens < self._max_num_tokens(seq)]
+        rest = [seq for seq in self.running if seq.row < 0 and seq.num_tokens < self._max_decoded_tokens(seq)]
         assert rest == self._prefilling, "a sequence neither decodes nor is in its prompt"
         slots = [seq.slot for seq in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
@@ -261,7 +251,7 @@ class Scheduler:
             # in flight; it is needed to recompute.
             if head is None or num_passed >= len(self._free_slots) or head.num_pending_tokens:
                 break
-            if not self.block_manager.admit(head):
+            if not self.block_manager.admit(head, variant=self._rope.variant(head)):
                 break
             self.waiting.remove(head)
             self._start(head)
@@ -289,8 +279,11 @@ class Scheduler:
     def _max_num_tokens(self, seq: Sequence) -> int:
         return min(seq.num_prompt_tokens + seq.request.max_tokens, self.config.max_model_len)
 
+    def _max_decoded_tokens(self, seq: Sequence) -> int:
+        return self._rope.max_tokens(seq, self._max_num_tokens(seq))
+
     def _decode(self, seq: Sequence) -> None:
-        self._decoding.add(seq, max_num_tokens=self._max_num_tokens(seq))
+        self._decoding.add(seq, max_num_tokens=self._max_decoded_tokens(seq))
 
     def _take_chunk(self, seq: Sequence, budget: int, prefills: list[ScheduledSequence]) -> int:
         """The next tokens of a prompt, as many as the budget allows. Returns how many."""
@@ -346,10 +339,13 @@ class Scheduler:
             self.waiting.remove(seq)
 
     def _preempt(self, seq: Sequence) -> None:
+        self._requeue(seq)
+        self.num_preemptions += 1
+
+    def _requeue(self, seq: Sequence) -> None:
         self._stop(seq)
         seq.status = SequenceStatus.WAITING
         insort(self.waiting, seq, key=_queue_order)
-        self.num_preemptions += 1
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         self._stop(seq)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tritonmind.engine.scheduler import ScheduledSequence
+from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import mask_tokens, mask_words
 from tritonmind.sequence import Sequence, SequenceStatus
 

@@ -11,6 +11,7 @@ from tritonmind.kernels.attention import (
 from tritonmind.kernels.decode_plan import DecodePlan
 from tritonmind.kernels.flat_pages import FlatPages, plan_flat_pages
 from tritonmind.kernels.gather import gather_rows
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.int8_linear import int8_linear
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, TokenScales
 from tritonmind.kernels.linear import gate_up, linear, product_variants
@@ -37,6 +38,7 @@ __all__ = [
     "DecodeInputs",
     "DecodePlan",
     "FlatPages",
+    "HeadNorms",
     "KVScales",
     "LayerScales",
     "SamplingState",

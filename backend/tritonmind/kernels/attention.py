@@ -1,7 +1,8 @@
 """Causal attention over the paged KV cache: o = softmax(softmax_scale * q K^T) V, heads in groups of one KV head.
 
 Two launchers: one query token a sequence (decode), and several (prefill, a chunk of it, or draft tokens). The caches
-are of the queries' dtype or, with scales, of bytes: see kv_quant.py.
+are of the queries' dtype or, with scales, of bytes: see kv_quant.py. With a window a query sees the last `window`
+tokens up to its own; pages before them are not read.
 """
 
 from typing import NamedTuple
@@ -91,14 +92,16 @@ def plan_decode(
     block_size: int,
     dtype: torch.dtype,
     int8_kv: bool = False,
+    window: int = 0,
     num_programs: int = 0,
 ) -> DecodePlan | None:
     """Cut the sequences of a step into pieces for paged_decode_attention, once for all layers; None on a CPU.
 
     context_lens: [B] int32, as paged_decode_attention gets them. dtype: of the queries. int8_kv: whether the KV cache
-    is of bytes. num_programs: about how many share the work; 0 chooses by card, and keeps pieces long enough to be
-    worth their sum. The pieces follow from the whole batch: a row's result may differ between batches by the rounding
-    of its sum, in one batch it is always the same. Raises ValueError for a wrong shape or dtype.
+    is of bytes. window: as paged_decode_attention gets it. num_programs: about how many share the work; 0 chooses by
+    card, and keeps pieces long enough to be worth their sum. The pieces follow from the whole batch: a row's result may
+    differ between batches by the rounding of its sum, in one batch it is always the same. Raises ValueError for a wrong
+    shape or dtype.
     """
     check_ndim("context_lens", context_lens, 1)
     check_tensor("context_lens", context_lens, tuple(context_lens.shape), torch.int32, context_lens.device)
@@ -107,8 +110,9 @@ def plan_decode(
     from tritonmind.kernels import triton_decode_plan
 
     return triton_decode_plan.plan_decode(
-        context_lens, num_heads, num_kv_heads, head_dim, block_size, decode_itemsize(dtype, int8_kv), num_programs
-    )
+        context_lens, num_heads, num_kv_heads, head_dim, block_size, decode_itemsize(dtype, int8_kv), window,
+        num_programs,
+    )  # fmt: skip
 
 
 def paged_decode_attention(
@@ -119,6 +123,7 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
     plan: DecodePlan | None = None,
     out: torch.Tensor | None = None,
@@ -127,7 +132,8 @@ def paged_decode_attention(
 
     q: [B, H, D] fp32, fp16 or bf16, contiguous. k_cache, v_cache: [num_blocks, Hkv, block_size, D], dtype of q.
     block_tables: [B, max_blocks] int32, last stride 1. context_lens: [B] int32; a row of 0 gives zeros.
-    scales: of caches that are uint8. plan: what plan_decode made of these context_lens; without one it is made here.
+    window: how many tokens a query sees, its own included; 0 is all. scales: of caches that are uint8. plan: what
+    plan_decode made of these context_lens and window; without one it is made here.
     out: [B, H, D]. Returns out. Raises ValueError for a wrong shape, dtype, device or layout.
     """
     _check(q, k_cache, v_cache, block_tables, context_lens, scales, out)
@@ -137,8 +143,9 @@ def paged_decode_attention(
         raise ValueError(f"q has {num_seqs} rows, expected {context_lens.shape[0]}, one a sequence")
     if not use_triton(q):
         return cpu.paged_decode_attention(
-            q, k_cache, v_cache, block_tables, context_lens, softmax_scale=softmax_scale, scales=scales, out=out
-        )
+            q, k_cache, v_cache, block_tables, context_lens, softmax_scale=softmax_scale, window=window, scales=scales,
+            out=out,
+        )  # fmt: skip
     from tritonmind.kernels import triton_decode_attention
 
     if out is None:
@@ -148,7 +155,7 @@ def paged_decode_attention(
     if plan is None:
         plan = plan_decode(
             context_lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
-            dtype=q.dtype, int8_kv=scales is not None,
+            dtype=q.dtype, int8_kv=scales is not None, window=window,
         )  # fmt: skip
         assert plan is not None
     elif plan.arrivals.shape != (num_seqs, num_kv_heads) or plan.partial.shape[1:] != (num_heads, head_dim):
@@ -158,7 +165,7 @@ def paged_decode_attention(
             "plan_decode for this batch"
         )
     return triton_decode_attention.paged_decode_attention(
-        q, k_cache, v_cache, block_tables, plan, softmax_scale, scales, out
+        q, k_cache, v_cache, block_tables, plan, softmax_scale, window, scales, out
     )
 
 
@@ -172,6 +179,7 @@ def paged_prefill_attention(
     *,
     max_query_len: int,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
     flat: FlatPages | None = None,
     out: torch.Tensor | None = None,
@@ -192,8 +200,8 @@ def paged_prefill_attention(
         raise ValueError(f"max_query_len is {max_query_len}, expected at least 1")
     if not use_triton(q):
         return cpu.paged_prefill_attention(
-            q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale=softmax_scale, scales=scales,
-            out=out,
+            q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, softmax_scale=softmax_scale, window=window,
+            scales=scales, out=out,
         )  # fmt: skip
     from tritonmind.kernels import triton_prefill_attention
 
@@ -201,7 +209,7 @@ def paged_prefill_attention(
         out = torch.empty_like(q)
     if scales is None:
         return triton_prefill_attention.paged_prefill_attention(
-            q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_query_len, softmax_scale, out
+            q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_query_len, softmax_scale, window, out
         )
     if flat is None or flat.k.dtype != q.dtype or flat.k.shape[1:] != k_cache.shape[1:]:
         found = None if flat is None else f"of {flat.k.dtype} {tuple(flat.k.shape)}"
@@ -215,6 +223,6 @@ def paged_prefill_attention(
         triton_flat_pages.flatten_pages(k_cache, v_cache, scales, *copies, flat.k, flat.v)
         triton_prefill_attention.paged_prefill_attention(
             q, flat.k, flat.v, group.block_tables, group.cu_seqlens_q, group.context_lens,
-            group.max_query_len or max_query_len, softmax_scale, out,
+            group.max_query_len or max_query_len, softmax_scale, window, out,
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, dequantise, quantise, quantise_tokens
 
 # K and V gathered at a time: what a core's L2 holds, between too many calls and copies that fall out of the cache.
@@ -67,6 +68,8 @@ def rotary_kv_write(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    norms: HeadNorms | None = None,
+    query_scales: torch.Tensor | None = None,
     scales: KVScales | None = None,
     dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
@@ -77,7 +80,11 @@ def rotary_kv_write(
     num_tokens, half = len(qkv), head_dim // 2
     heads = qkv.view(num_tokens, -1, head_dim)
     cos, sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, half).unbind(2)
-    first, second = heads[:, : num_heads + num_kv_heads].float().split(half, dim=2)
+    turned = heads[:, : num_heads + num_kv_heads]
+    if norms is not None:
+        q, k = turned.split((num_heads, num_kv_heads), dim=1)
+        turned = torch.cat((rms_norm(q, norms.q, eps=norms.eps), rms_norm(k, norms.k, eps=norms.eps)), dim=1)
+    first, second = turned.float().split(half, dim=2)
     rotated = qkv.new_empty((num_tokens, num_heads + num_kv_heads, head_dim), dtype=torch.float32)
     rotated_first, rotated_second = rotated.split(half, dim=2)
     torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-1)
@@ -85,6 +92,8 @@ def rotary_kv_write(
     v = heads[:, num_heads + num_kv_heads :]
     _write(k_cache, v_cache, rotated[:, num_heads:], v, slot_mapping, scales)
     q = rotated[:, :num_heads]
+    if query_scales is not None:
+        q *= query_scales.index_select(0, positions).view(-1, 1, 1)
     return q.to(qkv.dtype).contiguous() if out is None else out.copy_(q)
 
 
@@ -149,15 +158,16 @@ def _gather(pools: Pools, block_tables: torch.Tensor, num_blocks: int) -> tuple[
 
 
 def _decode_one(
-    q: torch.Tensor, pools: Pools, block_tables: torch.Tensor, context_len: int, softmax_scale: float
+    q: torch.Tensor, pools: Pools, block_tables: torch.Tensor, context_len: int, softmax_scale: float, window: int
 ) -> torch.Tensor:
     """Decode attention of one sequence, q [1, H, D]."""
     _, num_kv_heads, block_size, head_dim = pools.k.shape
-    k, v = _gather(pools, block_tables, -(-context_len // block_size))
+    start, num_blocks = max(context_len - window, 0) if window else 0, -(-context_len // block_size)
+    first = start // block_size
+    k, v = _gather(pools, block_tables[:, first:], num_blocks - first)
+    seen = slice(start - first * block_size, context_len - first * block_size)
     grouped = q.view(1, num_kv_heads, -1, head_dim)
-    return F.scaled_dot_product_attention(
-        grouped, k[:, :, :context_len], v[:, :, :context_len], scale=softmax_scale
-    ).view_as(q)
+    return F.scaled_dot_product_attention(grouped, k[:, :, seen], v[:, :, seen], scale=softmax_scale).view_as(q)
 
 
 def _decode_many(
@@ -203,6 +213,7 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -211,15 +222,15 @@ def paged_decode_attention(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     lengths = context_lens.tolist()
     if out is None and len(lengths) == 1 and lengths[0]:
-        return _decode_one(q, pools, block_tables, lengths[0], softmax_scale)
+        return _decode_one(q, pools, block_tables, lengths[0], softmax_scale, window)
     out = torch.zeros_like(q) if out is None else out.zero_()
     num_blocks = [-(-length // block_size) for length in lengths]
     block_bytes = 2 * num_kv_heads * block_size * head_dim * q.element_size()
     for group in _groups(num_blocks, GATHER_BYTES // block_bytes):
         first, last = group[0], group[-1]
-        if first == last:
-            row = slice(first, first + 1)
-            out[row] = _decode_one(q[row], pools, block_tables[row], lengths[first], softmax_scale)
+        if first == last or (window and max(lengths) > window):
+            for row in (slice(index, index + 1) for index in group):
+                out[row] = _decode_one(q[row], pools, block_tables[row], lengths[row.start], softmax_scale, window)
             continue
         adjacent = group == list(range(first, last + 1))
         rows = slice(first, last + 1) if adjacent else torch.tensor(group)
@@ -238,6 +249,7 @@ def paged_prefill_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -257,11 +269,17 @@ def paged_prefill_attention(
         for tile in range(start, end, QUERY_TILE):
             tile_end = min(tile + QUERY_TILE, end)
             num_queries, num_visible = tile_end - tile, context_len - (end - tile_end)
-            visible = torch.ones(num_queries, num_visible, dtype=torch.bool).tril_(num_visible - num_queries)
+            # What lies before the first query's window none of them sees.
+            first = max(num_visible - num_queries + 1 - window, 0) if window else 0
+            seen = slice(first, num_visible)
+            visible = torch.ones(num_queries, num_visible - first, dtype=torch.bool)
+            visible.tril_(num_visible - first - num_queries)
+            if window:
+                visible.triu_(num_visible - first - num_queries + 1 - window)
             out[tile:tile_end] = F.scaled_dot_product_attention(
                 q[None, tile:tile_end].transpose(1, 2),
-                k[:, :, :num_visible],
-                v[:, :, :num_visible],
+                k[:, :, seen],
+                v[:, :, seen],
                 visible,
                 scale=softmax_scale,
                 enable_gqa=True,

@@ -6,6 +6,7 @@ serving path is cpu.py, which is faster and tested against this page.
 
 import torch
 
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.kv_quant import KVScales, LayerScales, dequantise, quantise, quantise_tokens
 from tritonmind.kernels.logprobs import TokenLogprobs
 from tritonmind.kernels.philox import gumbel_noise, philox_uniform
@@ -85,6 +86,8 @@ def rotary_kv_write(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    norms: HeadNorms | None = None,
+    query_scales: torch.Tensor | None = None,
     scales: KVScales | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -94,6 +97,8 @@ def rotary_kv_write(
     """
     qkv = _summed(qkv).to(dtype or (k_cache.dtype if scales is None else qkv.dtype))
     q, k, v = qkv.view(len(qkv), -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms.q, eps=norms.eps), rms_norm(k, norms.k, eps=norms.eps)
     k = rotate(k, cos_sin, positions)
     block_size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -107,7 +112,8 @@ def rotary_kv_write(
                 v_cache[at], scales.v[at] = quantise_tokens(v[token])
             else:
                 k_cache[at], v_cache[at] = k[token], v[token]
-    return rotate(q, cos_sin, positions)
+    q = rotate(q, cos_sin, positions)
+    return q if query_scales is None else (q.float() * query_scales[positions.long()].view(-1, 1, 1)).to(q.dtype)
 
 
 def dequantise_pools(
@@ -131,8 +137,11 @@ def gather_pages(cache: torch.Tensor, block_table: torch.Tensor, context_len: in
     return pages.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context_len].float()
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-    """Causal attention of q [Q, H, D], the last Q tokens of k and v [Hkv, L, D]. Returns [Q, H, D] in fp32."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, window: int = 0) -> torch.Tensor:
+    """Causal attention of q [Q, H, D], the last Q tokens of k and v [Hkv, L, D]. Returns [Q, H, D] in fp32.
+
+    window: how many tokens a query sees, its own included; 0 is all.
+    """
     num_queries, num_heads, _ = q.shape
     num_kv_heads, context_len, _ = k.shape
     group = num_heads // num_kv_heads
@@ -140,7 +149,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: flo
     v = v.repeat_interleave(group, dim=0)
     scores = torch.einsum("qhd,hld->hql", q.float(), k) * softmax_scale
     query_positions = torch.arange(context_len - num_queries, context_len, device=q.device)
-    hidden = torch.arange(context_len, device=q.device) > query_positions.unsqueeze(1)
+    distances = query_positions.unsqueeze(1) - torch.arange(context_len, device=q.device)
+    hidden = (distances < 0) | (distances >= (window or context_len))
     weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
     return torch.einsum("hql,hld->qhd", weights, v)
 
@@ -153,6 +163,7 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
 ) -> torch.Tensor:
     """One query token a sequence, q [B, H, D], against its pages. Rows of context_len 0 are zeros."""
@@ -162,7 +173,7 @@ def paged_decode_attention(
         if context_len:
             k = gather_pages(k_cache, block_tables[row], context_len)
             v = gather_pages(v_cache, block_tables[row], context_len)
-            out[row] = attend(q[row : row + 1], k, v, softmax_scale)[0]
+            out[row] = attend(q[row : row + 1], k, v, softmax_scale, window)[0]
     return out
 
 
@@ -175,6 +186,7 @@ def paged_prefill_attention(
     context_lens: torch.Tensor,
     *,
     softmax_scale: float,
+    window: int = 0,
     scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Queries q [T, H, D] of S sequences one after another; the last of a sequence sits at context_len - 1.
@@ -189,7 +201,7 @@ def paged_prefill_attention(
         if start < end:
             k = gather_pages(k_cache, block_tables[row], context_len)
             v = gather_pages(v_cache, block_tables[row], context_len)
-            out[start:end] = attend(q[start:end], k, v, softmax_scale).to(q.dtype)
+            out[start:end] = attend(q[start:end], k, v, softmax_scale, window).to(q.dtype)
     return out
 
 

@@ -2,7 +2,7 @@
 
 q'[i] = q[i] cos - q[i + D/2] sin and q'[i + D/2] = q[i + D/2] cos + q[i] sin for i < D/2, with the angles of the
 token's position; k alike. K is cached after rotation, so attention never sees positions. Caches of bytes get k and v as
-kv_quant.py says.
+kv_quant.py says. Where a model has such, each head of q and k is normalised before, and q is scaled after.
 """
 
 import torch
@@ -18,6 +18,7 @@ from tritonmind.kernels.dispatch import (
     use_triton,
 )
 from tritonmind.kernels.flat_pages import FlatPages
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.kv_quant import KVScales
 
 
@@ -32,6 +33,8 @@ def rotary_kv_write(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    norms: HeadNorms | None = None,
+    query_scales: torch.Tensor | None = None,
     scales: KVScales | None = None,
     flat: FlatPages | None = None,
     dtype: torch.dtype | None = None,
@@ -43,6 +46,7 @@ def rotary_kv_write(
     partial sums of a product, [S, T, ...] fp32. cos_sin: [max_pos, head_dim]
     fp32, rows [cos | sin]. positions: [T] int64 or int32, below max_pos. slot_mapping: [T] int32, block * block_size +
     offset; -1 writes nothing. k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], updated in place.
+    norms: of the heads of q and k. query_scales: [max_pos] fp32, what the queries of a position are multiplied by.
     scales: those of caches that are uint8; a token's own are written. flat: a plan for these tokens, of which those of
     prompts are written to its scratch too, as what is stored stands for; not on a CPU. dtype: of the queries, for
     partial sums over such caches. out: [T, num_heads, head_dim]. Returns out, the rotated queries.
@@ -69,15 +73,23 @@ def rotary_kv_write(
         )
     if flat is not None:
         check_tensor("flat.slots", flat.slots, (num_tokens,), torch.int32, device)
+    if norms is not None:
+        check_tensor("norms.q", norms.q, (head_dim,), dtype, device)
+        check_tensor("norms.k", norms.k, (head_dim,), dtype, device)
+    if query_scales is not None:
+        check_tensor("query_scales", query_scales, (len(cos_sin),), torch.float32, device)
     if out is not None:
         check_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if not use_triton(qkv):
         return cpu.rotary_kv_write(
-            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, **heads, scales=scales, dtype=dtype, out=out
-        )
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, **heads, norms=norms, query_scales=query_scales,
+            scales=scales, dtype=dtype, out=out,
+        )  # fmt: skip
     from tritonmind.kernels import triton_rotary
 
     if out is None:
         out = qkv.new_empty((num_tokens, num_heads, head_dim), dtype=dtype)
-    return triton_rotary.rotary_kv_write(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, scales, flat, out)
+    return triton_rotary.rotary_kv_write(
+        qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, norms, query_scales, scales, flat, out
+    )

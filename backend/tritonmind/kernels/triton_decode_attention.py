@@ -41,6 +41,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
@@ -51,7 +52,7 @@ def _decode_kernel(
     piece = tl.program_id(1)
     pdl.wait(PDL)
     pdl.let_next_start(PDL)
-    seq, index, num_pieces, context_len, first_tile, end_tile = load_piece(pieces_ptr, piece, BLOCK_N)
+    seq, index, num_pieces, context_len, first_tile, end_tile = load_piece(pieces_ptr, piece, WINDOW, BLOCK_N)
     if seq < 0:
         return
 
@@ -73,6 +74,8 @@ def _decode_kernel(
         page_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
         # What lies beyond the context is not read: it costs time, and may be NaN, which no weight of zero silences.
         used = start + offset < context_len
+        if WINDOW:
+            used = used & (start + offset >= context_len - WINDOW)
         mask = used[:, None] if HEAD_DIM == BLOCK_D else used[:, None] & (dim < HEAD_DIM)[None, :]
         page_element = offset[:, None] * HEAD_DIM + dim[None, :]
         k = tl.load(k_cache_ptr + page_row * HEAD_DIM + page_element, mask=mask, other=0.0)
@@ -101,6 +104,7 @@ def paged_decode_attention(
     block_tables: torch.Tensor,
     plan: DecodePlan,
     softmax_scale: float,
+    window: int,
     scales: KVScales | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -115,7 +119,7 @@ def paged_decode_attention(
     use_pdl = pdl.use_pdl(q.device)
     settings = {
         "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
-        "BLOCK_N": tile.block_n, "ROWS": max(MIN_ROWS, block_group), "BLOCK_GROUP": block_group,
+        "BLOCK_N": tile.block_n, "WINDOW": window, "ROWS": max(MIN_ROWS, block_group), "BLOCK_GROUP": block_group,
         "BLOCK_PIECES": max(1, COMBINE_ELEMENTS // (block_group * block_d)), "ADD_UP": add_up, "PDL": use_pdl,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages, "launch_pdl": use_pdl,
     }  # fmt: skip

@@ -57,6 +57,7 @@ def _decode_int8_kernel(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
@@ -72,7 +73,7 @@ def _decode_int8_kernel(
     piece = tl.program_id(1)
     pdl.wait(PDL)
     pdl.let_next_start(PDL)
-    seq, index, num_pieces, context_len, first_tile, end_tile = load_piece(pieces_ptr, piece, BLOCK_N)
+    seq, index, num_pieces, context_len, first_tile, end_tile = load_piece(pieces_ptr, piece, WINDOW, BLOCK_N)
     if seq < 0:
         return
 
@@ -97,6 +98,8 @@ def _decode_int8_kernel(
         page_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
         # What lies beyond the context is not read: it costs time, and its scales may be NaN.
         used = start + offset < context_len
+        if WINDOW:
+            used = used & (start + offset >= context_len - WINDOW)
         mask = used[:, None] if PAIRS == BLOCK_PAIRS else used[:, None] & (pair < PAIRS)[None, :]
         page_element = offset[:, None] * PAIRS + pair[None, :]
         k_even, k_odd = unpack_pairs(

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tritonmind.kernels import pdl
 from tritonmind.kernels.decode_plan import DecodePlan
+from tritonmind.kernels.triton_decode_plan import count_tiles, first_tile
 
 # Elements of partial outputs that are added up together.
 COMBINE_ELEMENTS = 4096
@@ -24,6 +25,7 @@ MAX_ROWS_INSIDE = 64
 def load_piece(
     pieces_ptr,  # [max_pieces, 4], see triton_decode_plan.py
     piece,
+    WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Sequence (-1: none), index and number of its pieces, context_len, first tile and end of the piece's tiles."""
@@ -31,9 +33,11 @@ def load_piece(
     index = tl.load(pieces_ptr + 4 * piece + 1)
     num_pieces = tl.load(pieces_ptr + 4 * piece + 2)
     context_len = tl.load(pieces_ptr + 4 * piece + 3)
-    num_tiles = tl.cdiv(context_len, BLOCK_N)
+    first = first_tile(context_len, WINDOW, BLOCK_N)
+    num_tiles = count_tiles(context_len, WINDOW, BLOCK_N)
     divisor = tl.maximum(num_pieces, 1)  # of no piece anything is left here
-    return seq, index, num_pieces, context_len, num_tiles * index // divisor, num_tiles * (index + 1) // divisor
+    begin, end = first + num_tiles * index // divisor, first + num_tiles * (index + 1) // divisor
+    return seq, index, num_pieces, context_len, begin, end
 
 
 @triton.jit

@@ -25,6 +25,21 @@ PLAN_BLOCK = 256
 
 
 @triton.jit
+def first_tile(context_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a window of the last WINDOW tokens; the first of all where WINDOW is 0."""
+    first = context_len * 0
+    if WINDOW:
+        first = tl.maximum(context_len - WINDOW, 0) // BLOCK_N
+    return first
+
+
+@triton.jit
+def count_tiles(context_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Those from first_tile to the context's last."""
+    return tl.cdiv(context_len, BLOCK_N) - first_tile(context_len, WINDOW, BLOCK_N)
+
+
+@triton.jit
 def _count_pieces(num_tiles, piece_tiles):
     """How many pieces of about piece_tiles tiles; a sequence without any has one piece too, which writes its zeros."""
     return tl.maximum((num_tiles + piece_tiles // 2) // piece_tiles, 1)
@@ -46,6 +61,7 @@ def _plan_kernel(
     min_piece_tiles,
     max_piece_tiles,
     NUM_KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -56,13 +72,13 @@ def _plan_kernel(
     total = 0
     for start in range(0, num_seqs, BLOCK):
         context_len = tl.load(context_lens_ptr + start + lane, mask=start + lane < num_seqs, other=0)
-        total += tl.sum(tl.cdiv(context_len, BLOCK_N))
+        total += tl.sum(count_tiles(context_len, WINDOW, BLOCK_N))
     piece_tiles = tl.minimum(tl.cdiv(total, min_wanted), max_piece_tiles)
     piece_tiles = tl.maximum(tl.maximum(piece_tiles, tl.cdiv(total, max_wanted)), min_piece_tiles)
     longest = 0
     for start in range(0, num_seqs, BLOCK):
         context_len = tl.load(context_lens_ptr + start + lane, mask=start + lane < num_seqs, other=0)
-        num_tiles = tl.cdiv(context_len, BLOCK_N)
+        num_tiles = count_tiles(context_len, WINDOW, BLOCK_N)
         longest = tl.maximum(longest, tl.max(tl.cdiv(num_tiles, _count_pieces(num_tiles, piece_tiles))))
 
     first = 0
@@ -70,7 +86,7 @@ def _plan_kernel(
         for start in range(0, num_seqs, BLOCK):
             seq = start + lane
             context_len = tl.load(context_lens_ptr + seq, mask=seq < num_seqs, other=0)
-            num_tiles = tl.cdiv(context_len, BLOCK_N)
+            num_tiles = count_tiles(context_len, WINDOW, BLOCK_N)
             num_pieces = _count_pieces(num_tiles, piece_tiles)
             listed = ((2 * tl.cdiv(num_tiles, num_pieces) < longest) == (is_short == 1)) & (seq < num_seqs)
             num_pieces = tl.where(listed, num_pieces, 0)
@@ -99,6 +115,7 @@ def plan_decode(
     head_dim: int,
     block_size: int,
     itemsize: int,
+    window: int,
     num_programs: int,
 ) -> DecodePlan:
     """Launch on checked arguments; see attention.plan_decode. itemsize: see decode_plan.decode_itemsize."""
@@ -120,7 +137,7 @@ def plan_decode(
     _plan_kernel[(1,)](
         context_lens, num_seqs, plan.pieces, max_pieces, plan.sequences, plan.arrivals, min_wanted, max_wanted,
         triton.cdiv(min_piece_tokens, tile.block_n), triton.cdiv(MAX_PIECE_TOKENS, tile.block_n),
-        NUM_KV_HEADS=num_kv_heads, BLOCK_N=tile.block_n, BLOCK=PLAN_BLOCK, PDL=use_pdl,
+        NUM_KV_HEADS=num_kv_heads, WINDOW=window, BLOCK_N=tile.block_n, BLOCK=PLAN_BLOCK, PDL=use_pdl,
         num_warps=4, launch_pdl=use_pdl,
     )  # fmt: skip
     return plan

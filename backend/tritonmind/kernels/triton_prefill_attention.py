@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonmind.kernels import pdl, tuning
-from tritonmind.kernels.tile_table import LONG_RUN_BLOCK_M, takes_long_runs
+from tritonmind.kernels.tile_table import LONG_RUN_BLOCK_M, MIN_LONG_RUN, takes_long_runs
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def _attend_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     offset = tl.arange(0, BLOCK_N)
@@ -55,7 +56,10 @@ def _attend_tile(
     # fp32 must not become tf32: the fp32 path is the exact one.
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        scores = tl.where((start + offset)[None, :] < visible[:, None], scores, float("-inf"))
+        seen = (start + offset)[None, :] < visible[:, None]
+        if WINDOW:
+            seen = seen & ((start + offset)[None, :] >= visible[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
     weights = tl.exp2(scores * qk_scale - new_max[:, None])
     shrink = tl.exp2(row_max - new_max)
@@ -110,6 +114,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -139,16 +144,29 @@ def _prefill_kernel(
     last_visible = tl.minimum(first_visible + BLOCK_M - 1, context_len)
     num_full = tl.maximum(first_visible, 0) // BLOCK_N
     num_tiles = tl.cdiv(tl.maximum(last_visible, 0), BLOCK_N)
+    begin = 0
+    if WINDOW:
+        # Before all queries' windows nothing is read; tiles that the last query does not see whole need a mask too.
+        begin = tl.maximum(first_visible - WINDOW, 0) // BLOCK_N
+        begin_full = tl.cdiv(tl.maximum(first_visible + BLOCK_M - 1 - WINDOW, 0), BLOCK_N)
+        begin_full = tl.minimum(begin_full, num_full)
     block_table_ptr = block_tables_ptr + seq.to(tl.int64) * block_table_stride
-    for tile in range(0, num_full):
+    if WINDOW:
+        for tile in range(begin, begin_full):
+            acc, row_max, row_sum = _attend_tile(
+                q, acc, row_max, row_sum, k_cache_ptr, v_cache_ptr, block_table_ptr, kv_head, tile, visible,
+                context_len, qk_scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, True,
+            )  # fmt: skip
+        begin = begin_full
+    for tile in range(begin, num_full):
         acc, row_max, row_sum = _attend_tile(
             q, acc, row_max, row_sum, k_cache_ptr, v_cache_ptr, block_table_ptr, kv_head, tile, visible, context_len,
-            qk_scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, False,
+            qk_scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, False,
         )  # fmt: skip
     for tile in range(num_full, num_tiles):
         acc, row_max, row_sum = _attend_tile(
             q, acc, row_max, row_sum, k_cache_ptr, v_cache_ptr, block_table_ptr, kv_head, tile, visible, context_len,
-            qk_scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, True,
+            qk_scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, True,
         )  # fmt: skip
     pdl.let_next_start(PDL)
     acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
@@ -164,6 +182,7 @@ def paged_prefill_attention(
     context_lens: torch.Tensor,
     max_query_len: int,
     softmax_scale: float,
+    window: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Launch on checked arguments; see attention.paged_prefill_attention."""
@@ -174,8 +193,11 @@ def paged_prefill_attention(
         return out
     group, itemsize = num_heads // num_kv_heads, q.element_size()
     sizes = {"head_dim": head_dim, "group": group, "block_size": block_size, "itemsize": itemsize}
-    tile = tuning.tile("prefill_attention", q.device, rows=max_query_len, **sizes)
-    if tile.block_m == LONG_RUN_BLOCK_M and takes_long_runs(tuning.card(q.device), sizes):
+    takes_long = takes_long_runs(tuning.card(q.device), sizes)
+    # The kernel for long runs knows no window.
+    rows = min(max_query_len, MIN_LONG_RUN - 1) if takes_long and window else max_query_len
+    tile = tuning.tile("prefill_attention", q.device, rows=rows, **sizes)
+    if tile.block_m == LONG_RUN_BLOCK_M and takes_long and not window:
         from tritonmind.kernels import gluon_prefill_attention
 
         return gluon_prefill_attention.paged_prefill_attention(
@@ -187,7 +209,7 @@ def paged_prefill_attention(
         q, k_cache, v_cache, block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, num_seqs, out,
         softmax_scale * math.log2(math.e),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size, BLOCK_M=tile.block_m, BLOCK_N=min(tile.block_n, block_size), PDL=use_pdl,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=use_pdl,
+        BLOCK_SIZE=block_size, BLOCK_M=tile.block_m, BLOCK_N=min(tile.block_n, block_size), WINDOW=window,
+        PDL=use_pdl, num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=use_pdl,
     )  # fmt: skip
     return out

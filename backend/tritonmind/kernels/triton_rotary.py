@@ -8,12 +8,21 @@ import triton
 import triton.language as tl
 
 from tritonmind.kernels.flat_pages import FlatPages
+from tritonmind.kernels.head_norms import HeadNorms
 from tritonmind.kernels.kv_quant import KVScales
 from tritonmind.kernels.pdl import let_next_start, use_pdl, wait
 from tritonmind.kernels.triton_int8 import MAX_LEVEL, MIN_SCALE, dequantise, kind_of, quantise, scale_arguments
 from tritonmind.kernels.triton_linear import load_sum
 
 BLOCK_ELEMENTS = 2048  # of a program: few enough to spread one token over the card
+
+
+@triton.jit
+def _halves(weight_ptr, pair, is_pair, HALF: tl.constexpr):
+    """Both halves of a norm's weight, [1, BLOCK_HALF] fp32 each."""
+    first = tl.load(weight_ptr + pair, mask=is_pair, other=0.0).to(tl.float32)
+    second = tl.load(weight_ptr + HALF + pair, mask=is_pair, other=0.0).to(tl.float32)
+    return first[None, :], second[None, :]
 
 
 # Slices of a step's metadata start anywhere: without this, a change of alignment would compile while serving.
@@ -28,6 +37,10 @@ def _rotary_kv_write_kernel(
     slot_mapping_ptr,  # [T]
     k_cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     v_cache_ptr,
+    q_norm_ptr,  # [HEAD_DIM]; read when QK_NORM, as the next two
+    k_norm_ptr,
+    norm_eps,
+    query_scales_ptr,  # [max_pos] fp32; read when QUERY_SCALES
     k_scale,  # of the layer; with SCALES "token": pools [num_blocks, NUM_KV_HEADS, BLOCK_SIZE] fp32
     v_scale,
     k_zero,
@@ -44,6 +57,8 @@ def _rotary_kv_write_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     SPLITS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    QUERY_SCALES: tl.constexpr,
     SCALES: tl.constexpr,  # of caches that are bytes: "layer" or "token", else None
     FLAT: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,15 +77,28 @@ def _rotary_kv_write_kernel(
     wait(PDL)
 
     slot = tl.load(slot_mapping_ptr + token)
-    angles = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    angles = cos_sin_ptr + position * HEAD_DIM
     cos = tl.load(angles + pair, mask=pair < HALF, other=0.0)[None, :]
     sin = tl.load(angles + HALF + pair, mask=pair < HALF, other=0.0)[None, :]
     split_stride = num_tokens.to(tl.int64) * WIDTH
     first = load_sum(qkv_ptr + token * WIDTH + element, split_stride, inside, SPLITS)
     second = load_sum(qkv_ptr + token * WIDTH + HALF + element, split_stride, inside, SPLITS)
+    if QK_NORM:
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        shrink = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
+        is_pair = pair < HALF
+        q_weight, q_weight_2 = _halves(q_norm_ptr, pair, is_pair, HALF)
+        k_weight, k_weight_2 = _halves(k_norm_ptr, pair, is_pair, HALF)
+        first = tl.where(is_value, first, first * shrink * tl.where(is_query, q_weight, k_weight))
+        second = tl.where(is_value, second, second * shrink * tl.where(is_query, q_weight_2, k_weight_2))
     turned_first = tl.where(is_value, first, first * cos - second * sin)
     turned_second = tl.where(is_value, second, second * cos + first * sin)
 
+    if QUERY_SCALES:
+        query_scale = tl.where(is_query, tl.load(query_scales_ptr + position), 1.0)
+        turned_first = turned_first * query_scale
+        turned_second = turned_second * query_scale
     query = out_ptr + token * NUM_HEADS * HEAD_DIM + element
     tl.store(query, turned_first.to(out_ptr.dtype.element_ty), mask=inside & is_query)
     tl.store(query + HALF, turned_second.to(out_ptr.dtype.element_ty), mask=inside & is_query)
@@ -118,6 +146,8 @@ def rotary_kv_write(
     slot_mapping: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    norms: HeadNorms | None,
+    query_scales: torch.Tensor | None,
     scales: KVScales | None,
     flat: FlatPages | None,
     out: torch.Tensor,
@@ -128,12 +158,14 @@ def rotary_kv_write(
     if num_tokens:
         pdl, block_half = use_pdl(qkv.device), triton.next_power_of_2(head_dim // 2)
         scratch = (None, None, None) if flat is None else (flat.k, flat.v, flat.slots)
+        q_norm, k_norm, norm_eps = norms or (None, None, 0.0)
         block_heads = BLOCK_ELEMENTS // (2 * block_half)
         _rotary_kv_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
-            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, *scale_arguments(scales),
-            *scratch, out, num_tokens,
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, norm_eps, query_scales,
+            *scale_arguments(scales), *scratch, out, num_tokens,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
             BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, SPLITS=len(qkv) if qkv.dim() == 3 else 1,
-            SCALES=kind_of(scales), FLAT=flat is not None, PDL=pdl, num_warps=2, launch_pdl=pdl,
+            QK_NORM=norms is not None, QUERY_SCALES=query_scales is not None, SCALES=kind_of(scales),
+            FLAT=flat is not None, PDL=pdl, num_warps=2, launch_pdl=pdl,
         )  # fmt: skip
     return out

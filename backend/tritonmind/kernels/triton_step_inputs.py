@@ -29,7 +29,7 @@ def _write_block_tables_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "max_blocks"],
+    do_not_specialize=["num_tokens", "max_blocks", "num_slots"],
     do_not_specialize_on_alignment=["token_ids_ptr", "positions_ptr", "slots_ptr"],
 )
 def _prepare_tokens_kernel(
@@ -39,11 +39,14 @@ def _prepare_tokens_kernel(
     last_token_ids_ptr,  # [S]
     block_tables_ptr,  # [S, max_blocks]
     max_blocks,
+    rope_limits_ptr,  # [NUM_LIMITS]
+    num_slots,  # S
     out_token_ids_ptr,  # [num_tokens]
     out_positions_ptr,  # [num_tokens]
     out_slot_mapping_ptr,  # [num_tokens]
     num_tokens,
     BLOCK_SIZE: tl.constexpr,
+    NUM_LIMITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -51,10 +54,16 @@ def _prepare_tokens_kernel(
     position = tl.load(positions_ptr + token, mask=inside, other=-1)
     real = position >= 0
     slot = tl.load(slots_ptr + token, mask=real, other=0).to(tl.int64)
+    row = tl.maximum(position, 0).to(tl.int64)
+    if NUM_LIMITS:
+        num_exceeded = slot // num_slots
+        slot = slot % num_slots
+        for number in tl.static_range(NUM_LIMITS):
+            row += tl.where(number < num_exceeded, tl.load(rope_limits_ptr + number), 0)
     token_id = tl.load(token_ids_ptr + token, mask=real, other=0).to(tl.int64)
     last = tl.load(last_token_ids_ptr + slot, mask=real & (token_id < 0), other=0)
     tl.store(out_token_ids_ptr + token, tl.where(token_id < 0, last, token_id), mask=inside)
-    tl.store(out_positions_ptr + token, tl.maximum(position, 0).to(tl.int64), mask=inside)
+    tl.store(out_positions_ptr + token, row, mask=inside)
     block = tl.load(block_tables_ptr + slot * max_blocks + position // BLOCK_SIZE, mask=real, other=0)
     cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(out_slot_mapping_ptr + token, tl.where(real, cache_slot, -1), mask=inside)
@@ -69,11 +78,13 @@ def _prepare_decodes_kernel(
     last_token_ids_ptr,  # [S]
     block_tables_ptr,  # [S, max_blocks]
     max_blocks,
+    rope_limits_ptr,  # [NUM_LIMITS]
     out_token_ids_ptr,
     out_positions_ptr,
     out_slot_mapping_ptr,
     out_block_tables_ptr,  # [R, max_blocks]
     BLOCK_SIZE: tl.constexpr,
+    NUM_LIMITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # A program has its slot's table to itself: the new block goes there and on from registers, unseen by others.
@@ -89,7 +100,11 @@ def _prepare_decodes_kernel(
     block = tl.where(has_new, new_block, tl.load(table_ptr + page, mask=real, other=0))
     cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(out_slot_mapping_ptr + row, tl.where(real, cache_slot, -1))
-    tl.store(out_positions_ptr + row, position.to(tl.int64))
+    table_row = position.to(tl.int64)
+    for number in tl.static_range(NUM_LIMITS):
+        limit = tl.load(rope_limits_ptr + number)
+        table_row += tl.where(context_len > limit, limit, 0)
+    tl.store(out_positions_ptr + row, table_row)
     token_id = tl.load(token_ids_ptr + row, mask=real, other=0).to(tl.int64)
     last = tl.load(last_token_ids_ptr + slot, mask=real & (token_id < 0), other=0)
     tl.store(out_token_ids_ptr + row, tl.where(token_id < 0, last, token_id))
@@ -117,6 +132,7 @@ def prepare_tokens(
     last_token_ids: torch.Tensor,
     block_tables: torch.Tensor,
     block_size: int,
+    rope_limits: torch.Tensor | None,
     out_token_ids: torch.Tensor,
     out_positions: torch.Tensor,
     out_slot_mapping: torch.Tensor,
@@ -125,10 +141,14 @@ def prepare_tokens(
     num_tokens = len(token_ids)
     if num_tokens:
         _prepare_tokens_kernel[(triton.cdiv(num_tokens, BLOCK),)](
-            token_ids, positions, slots, last_token_ids, block_tables, block_tables.shape[1],
-            out_token_ids, out_positions, out_slot_mapping, num_tokens,
-            BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
+            token_ids, positions, slots, last_token_ids, block_tables, block_tables.shape[1], rope_limits,
+            len(block_tables), out_token_ids, out_positions, out_slot_mapping, num_tokens,
+            BLOCK_SIZE=block_size, NUM_LIMITS=_count(rope_limits), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
+
+
+def _count(rope_limits: torch.Tensor | None) -> int:
+    return 0 if rope_limits is None else len(rope_limits)
 
 
 def prepare_decodes(
@@ -139,6 +159,7 @@ def prepare_decodes(
     last_token_ids: torch.Tensor,
     block_tables: torch.Tensor,
     block_size: int,
+    rope_limits: torch.Tensor | None,
     out_token_ids: torch.Tensor,
     out_positions: torch.Tensor,
     out_slot_mapping: torch.Tensor,
@@ -149,6 +170,6 @@ def prepare_decodes(
     if num_rows:
         _prepare_decodes_kernel[(num_rows,)](
             token_ids, context_lens, slots, new_blocks, last_token_ids, block_tables, block_tables.shape[1],
-            out_token_ids, out_positions, out_slot_mapping, out_block_tables,
-            BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
+            rope_limits, out_token_ids, out_positions, out_slot_mapping, out_block_tables,
+            BLOCK_SIZE=block_size, NUM_LIMITS=_count(rope_limits), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

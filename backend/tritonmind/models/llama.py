@@ -14,7 +14,7 @@ from tritonmind.layers.attention import Attention, with_attention_plans
 from tritonmind.layers.int4_linear import Int4GatedLinear, Int4Linear, share_scratch
 from tritonmind.layers.linear import GatedLinear, Int8Linear, Linear, Product
 from tritonmind.layers.norm import RMSNorm
-from tritonmind.layers.rotary import cos_sin_table
+from tritonmind.layers.rotary import RotaryTable, rotary_table
 from tritonmind.model_inputs import KVCache, ModelInputs
 
 KVCaches = SequenceABC[KVCache]
@@ -37,14 +37,17 @@ class HiddenStates(NamedTuple):
 class LlamaLayer(nn.Module):
     """One decoder layer. The residual stream travels beside the activations, so that each add fuses with a norm."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, window: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * head_dim
         inter = config.intermediate_size
         self.attention_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
         self.w_qkv = _linear(config, hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, device=device)
-        self.attention = Attention(config.num_heads, config.num_kv_heads, head_dim, dtype)
+        self.attention = Attention(
+            config.num_heads, config.num_kv_heads, head_dim, window=window,
+            norm_eps=config.norm_eps if config.qk_norm else 0.0, dtype=dtype, device=device,
+        )  # fmt: skip
         self.wo = _linear(config, config.num_heads * head_dim, hidden, bias=config.o_bias, dtype=dtype, device=device)
         self.ffn_norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype, device=device)
         self.w13 = _gated_linear(config, hidden, inter, dtype=dtype, device=device)
@@ -54,7 +57,7 @@ class LlamaLayer(nn.Module):
         self,
         x: torch.Tensor,  # [num_tokens, hidden_size]
         residual: torch.Tensor | None,
-        cos_sin: torch.Tensor,
+        table: RotaryTable,
         inputs: ModelInputs,
         kv_cache: KVCache,
         rows: torch.Tensor | None = None,
@@ -63,7 +66,7 @@ class LlamaLayer(nn.Module):
         x, residual = self.attention_norm(x, residual)
         # What comes out of w_qkv, wo and w2 may be partial sums: the kernel that reads it adds them up.
         qkv = self.w_qkv(x, partial_sums=True)
-        x = self.attention(qkv, cos_sin, inputs.positions, kv_cache, inputs.attention)
+        x = self.attention(qkv, table, inputs.positions, kv_cache, inputs.attention)
         if rows is not None:
             x, residual = gather_rows(x, rows), gather_rows(residual, rows)
         x, residual = self.ffn_norm(self.wo(x, partial_sums=True, add_to=residual), residual)
@@ -73,7 +76,6 @@ class LlamaLayer(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """Token ids and positions in, logits of the asked-for rows out."""
 
-    cos_sin: torch.Tensor
     tok_embeddings: torch.Tensor
 
     def __init__(
@@ -90,7 +92,9 @@ class LlamaForCausalLM(nn.Module):
         self.register_buffer(
             "tok_embeddings", torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         )
-        self.layers = nn.ModuleList(LlamaLayer(config, dtype, device) for _ in range(config.num_layers))
+        # A window as long as any sequence is none.
+        self.window = config.sliding_window if config.sliding_window < max_model_len else 0
+        self.layers = nn.ModuleList(LlamaLayer(config, self.window, dtype, device) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, device=device)
         self.output = (Int8Linear if lm_head_int8 else Linear)(
             config.hidden_size,
@@ -100,7 +104,7 @@ class LlamaForCausalLM(nn.Module):
             device=device,
             weight=self.tok_embeddings if config.tie_word_embeddings else None,
         )
-        self.register_buffer("cos_sin", cos_sin_table(config, max_model_len, device), persistent=False)
+        self.rotary_table = rotary_table(config, max_model_len, device)
 
     def forward(self, inputs: ModelInputs, kv_caches: KVCaches, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """-> logits [num_samples, vocab_size], in `out` if given. Writes the step's K and V into `kv_caches`."""
@@ -115,12 +119,14 @@ class LlamaForCausalLM(nn.Module):
         K and V only: with one row a prompt, that saves most of a layer.
         """
         dtype = self.tok_embeddings.dtype
-        inputs = with_attention_plans(inputs, kv_caches[0], num_heads=self.config.num_heads, dtype=dtype)
+        inputs = with_attention_plans(
+            inputs, kv_caches[0], num_heads=self.config.num_heads, window=self.window, dtype=dtype
+        )
         x = gather_rows(self.tok_embeddings, inputs.token_ids)
         residual: torch.Tensor | None = None
         last = self.layers[-1]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, self.cos_sin, inputs, kv_cache, rows if layer is last else None)
+            x, residual = layer(x, residual, self.rotary_table, inputs, kv_cache, rows if layer is last else None)
         assert residual is not None  # a model has at least one layer
         return HiddenStates(x, residual)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from tritonmind.errors import ConfigError
+from tritonmind.families import ARCHITECTURES as NAMES
 from tritonmind.models.llama import LlamaForCausalLM
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {"LlamaForCausalLM": LlamaForCausalLM}
+# One decoder: how the architectures differ from it, families.py says.
+ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(NAMES, LlamaForCausalLM)
 
 
 def model_class(architecture: str) -> type[LlamaForCausalLM]:

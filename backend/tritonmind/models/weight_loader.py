@@ -23,6 +23,8 @@ _LAYER_TENSOR = re.compile(r"layers\.(\d+)\.(.+)")
 _LAYER_MODULES = {
     "attention_norm": ("attention_norm", 0),
     "attention.w_qkv": ("w_qkv", 0),
+    "attention.q_norm": ("attention.q_norm", 0),
+    "attention.k_norm": ("attention.k_norm", 0),
     "attention.wo": ("wo", 0),
     "ffn_norm": ("ffn_norm", 0),
     "feed_forward.w1": ("w13", 0),
@@ -90,5 +92,5 @@ def _place(model: LlamaForCausalLM, name: str) -> torch.Tensor:
     if path[-1].isdigit():
         path.pop()
     module_name, number = _LAYER_MODULES[".".join(path)]
-    module = getattr(model.layers[int(match.group(1))], module_name)
+    module = model.layers[int(match.group(1))].get_submodule(module_name)
     return _parts(module, kind)[number]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.checkpoints.reading import DEFAULT_GROUP_SIZE
-from tritonmind.config import GROUP_SIZES, ModelConfig
+from tritonmind.config import GROUP_SIZES, INT4_PER_WORD, ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind_tools.lite.options import DEFAULT_WORK_DIR, add_common_options, boolean, pick_device
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tritonmind.checkpoints.awq_writer import AwqCheckpointWriter
+    from tritonmind.checkpoints.plan import Part
     from tritonmind_tools.lite.layer_awq import QuantisedLayer, Scaling
     from tritonmind_tools.lite.layer_source import LayerSource
     from tritonmind_tools.lite.work_dir import Calibration
@@ -26,6 +27,8 @@ W_BITS = 4
 # What the searches look at. Of SmolLM2-135M, alphas found on 2048 tokens lose at most 1 % of the loss on others.
 DEFAULT_SEARCH_TOKENS = 4096
 _SEARCH_SEQLEN = 512
+# That a step along the outputs of qweight, qzeros and scales stands for.
+_OUTPUTS_OF_AWQ = (INT4_PER_WORD, INT4_PER_WORD, 1)
 
 
 def register(commands: Any) -> None:
@@ -151,17 +154,19 @@ def _quantise_layers(
 ) -> None:
     import torch
 
-    from tritonmind.layers.rotary import cos_sin_table
+    from tritonmind.layers.rotary import rotary_table
     from tritonmind_tools.lite.layer_awq import quantise_layer, run_layer
     from tritonmind_tools.lite.work_dir import INPUTS
 
     statistics = calibration.statistics(INPUTS) if calibration is not None else {}
     hidden = None
-    cos_sin = cos_sin_table(source.model, _SEARCH_SEQLEN, device)
+    seqlen = _SEARCH_SEQLEN
     if scaling == "search":
         assert calibration is not None
         tokens = calibration.tokens()[:, :_SEARCH_SEQLEN]
+        seqlen = tokens.shape[1]
         hidden = source.embed(tokens[: -(-search_tokens // tokens.shape[1])])
+    cos_sin = rotary_table(source.model, seqlen, device).cos_sin[-seqlen:]
     with torch.inference_mode():
         for number in range(model.num_layers):
             layer = source.layer(number, cos_sin)
@@ -196,25 +201,52 @@ def _of_layer(
 
 def _by_checkpoint_name(source: LayerSource, number: int, quantised: QuantisedLayer) -> dict[str, Any]:
     """A layer's tensors as AwqCheckpointWriter takes them: under the names that the checkpoint has for them."""
+    import torch
+
     from tritonmind.kernels.awq_format import AwqWeight
     from tritonmind_tools.lite.decoder_layer import QKV, W1, W2, W3, WO
 
     layer = quantised.layer
-    parts: dict[str, tuple[Any, ...]] = {
-        "attention_norm.weight": (layer.attention_norm,),
-        f"{QKV}.weight": (quantised.q, quantised.k, quantised.v),
-        f"{WO}.weight": (quantised.wo,),
-        "ffn_norm.weight": (layer.ffn_norm,),
-        f"{W1}.weight": (quantised.w1,),
-        f"{W3}.weight": (quantised.w3,),
-        f"{W2}.weight": (quantised.w2,),
+    values: dict[str, Any] = {
+        "attention_norm.weight": layer.attention_norm,
+        "attention.q_norm.weight": layer.q_norm,
+        "attention.k_norm.weight": layer.k_norm,
+        f"{QKV}.weight": AwqWeight(*(torch.cat(kind, 1) for kind in zip(*quantised[1:4], strict=True))),
+        f"{QKV}.bias": layer.qkv_bias,
+        f"{WO}.weight": quantised.wo,
+        f"{WO}.bias": layer.o_bias,
+        "ffn_norm.weight": layer.ffn_norm,
+        f"{W1}.weight": quantised.w1,
+        f"{W3}.weight": quantised.w3,
+        f"{W2}.weight": quantised.w2,
     }
-    if layer.qkv_bias is not None:
-        parts[f"{QKV}.bias"] = layer.qkv_bias.split(layer.qkv_sizes)
-    if layer.o_bias is not None:
-        parts[f"{WO}.bias"] = (layer.o_bias,)
     named: dict[str, Any] = {}
-    for target, sources in source.layer_sources(number).items():
-        for name, value in zip(sources, parts[target], strict=True):
-            named[name.removesuffix(".weight") if isinstance(value, AwqWeight) else name] = value
+    for target, parts in source.layer_parts(number).items():
+        value = values[target]
+        if len(parts) == 1:
+            pieces = {parts[0].source: value}
+        elif isinstance(value, AwqWeight):
+            kinds = [taken_apart(kind, parts, 1, units) for kind, units in zip(value, _OUTPUTS_OF_AWQ, strict=True)]
+            pieces = {name: AwqWeight(*(kind[name] for kind in kinds)) for name in kinds[0]}
+        else:
+            pieces = taken_apart(value, parts, 0, 1)
+        for name, piece in pieces.items():
+            named[name.removesuffix(".weight") if isinstance(piece, AwqWeight) else name] = piece
     return named
+
+
+def taken_apart(value: torch.Tensor, parts: Sequence[Part], dim: int, outputs: int) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors that parts of `value` make up, which lie in it one after the other along `dim`.
+
+    outputs: of the linear layer, that one step along `dim` stands for, where the parts are of its rows.
+    """
+    import torch
+
+    sizes = [(part.stop - part.start) // outputs for part in parts]
+    found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for part, piece in zip(parts, value.split(sizes, dim), strict=True):
+        found.setdefault(part.source, []).append((part.start, piece))
+    return {
+        name: torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])], dim)
+        for name, pieces in found.items()
+    }

@@ -169,14 +169,14 @@ def _run_layers(
 ) -> None:
     import torch
 
-    from tritonmind.layers.rotary import cos_sin_table
+    from tritonmind.layers.rotary import rotary_table
     from tritonmind_tools.lite.statistics import LayerStatistics
 
     num_samples, seqlen = tokens.shape
     num_layers = source.model.num_layers
     if state.num_done == num_layers:
         return
-    cos_sin = cos_sin_table(source.model, seqlen, device)
+    cos_sin = rotary_table(source.model, seqlen, device).cos_sin[-seqlen:]
     hidden = state.hidden() if state.num_done else source.embed(tokens)
     saved_at = time.monotonic()
     with torch.inference_mode():

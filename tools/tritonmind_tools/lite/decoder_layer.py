@@ -29,7 +29,9 @@ def _ignore(name: str, value: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights as torch has them, [out, in], all fp32 and on one device. cos_sin: see layers.rotary.cos_sin_table."""
+    """Weights as torch has them, [out, in], all fp32 and on one device. cos_sin: [positions, head_dim],
+    as in layers.rotary.RotaryTable, for sequences of the length that `forward` gets.
+    """
 
     model: ModelConfig
     cos_sin: torch.Tensor
@@ -42,6 +44,8 @@ class DecoderLayer:
     w1: torch.Tensor
     w3: torch.Tensor
     w2: torch.Tensor
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -60,6 +64,8 @@ class DecoderLayer:
             w1=tensors[f"{W1}.weight"],
             w3=tensors[f"{W3}.weight"],
             w2=tensors[f"{W2}.weight"],
+            q_norm=tensors.get("attention.q_norm.weight"),
+            k_norm=tensors.get("attention.k_norm.weight"),
         )
 
     @property
@@ -84,6 +90,9 @@ class DecoderLayer:
         observe(QKV, x)
         heads = F.linear(x, self.w_qkv, self.qkv_bias).view(num_tokens, -1, model.head_dim)
         q, k, v = heads.split((model.num_heads, model.num_kv_heads, model.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = reference.rms_norm(q, self.q_norm, eps=model.norm_eps)
+            k = reference.rms_norm(k, self.k_norm, eps=model.norm_eps)
         positions = torch.arange(num_tokens, device=x.device)
         q, k = reference.rotate(q, self.cos_sin, positions), reference.rotate(k, self.cos_sin, positions)
         observe(KEY, k)
@@ -92,7 +101,11 @@ class DecoderLayer:
         group = model.num_heads // model.num_kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = None
+        if 0 < model.sliding_window < num_tokens:
+            seen = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=x.device).tril()
+            seen = seen.triu(1 - model.sliding_window)
+        attended = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
         attended = attended.squeeze(0).transpose(0, 1).reshape(num_tokens, -1)
         observe(WO, attended)
         return F.linear(attended, self.wo, self.o_bias)

@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritonmind.checkpoints.plan import EMBEDDING, Step, check_tensors, conversion_plan
-from tritonmind.checkpoints.reading import model_config, open_checkpoint
+from tritonmind.checkpoints.plan import Part, Step, check_tensors, conversion_plan
+from tritonmind.checkpoints.reading import model_config, open_checkpoint, read_blocks
 from tritonmind.checkpoints.source import Checkpoint
 from tritonmind.checkpoints.tokenizer_files import special_token_id
 from tritonmind.errors import CheckpointError
+from tritonmind.families import names_of
 from tritonmind_tools.lite.decoder_layer import DecoderLayer
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class LayerSource:
         """A tensor of tensor_layout, of rank 0 out of 1, in fp32 on the CPU."""
         import torch
 
-        blocks = [self.checkpoint.read(*part).float() for part in self._steps[name].parts]
+        blocks = [block.float() for block in read_blocks(self.checkpoint.read, self._steps[name])]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def layer(self, number: int, cos_sin: torch.Tensor) -> DecoderLayer:
@@ -72,10 +73,9 @@ class LayerSource:
         tensors = {target: self.tensor(name).to(cos_sin.device) for name, target in names.items()}
         return DecoderLayer.from_tensors(self.model, cos_sin, tensors)
 
-    def layer_sources(self, number: int) -> dict[str, list[str]]:
-        """The checkpoint's own names of what each tensor of a layer is put together from."""
-        names = self._layer_names(number)
-        return {target: [part.source for part in self._steps[name].parts] for name, target in names.items()}
+    def layer_parts(self, number: int) -> dict[str, tuple[Part, ...]]:
+        """What each tensor of a layer is put together from: rows, or for wo and w2 all columns, of the checkpoint's."""
+        return {target: self._steps[name].parts for name, target in self._layer_names(number).items()}
 
     def unlayered(self) -> dict[str, str]:
         """The tensors that belong to no layer, by their names in the checkpoint, in the order of a forward pass."""
@@ -91,7 +91,7 @@ class LayerSource:
         import torch
 
         # In the checkpoint's own type: only what is looked up becomes fp32, one sample after the other.
-        table = self.checkpoint.read(EMBEDDING, 0, 0, self.model.vocab_size)
+        table = self.checkpoint.read(names_of(self.model.architecture).embedding, 0, 0, self.model.vocab_size)
         hidden = torch.empty(*token_ids.shape, self.model.hidden_size)
         for sample, ids in zip(hidden, token_ids, strict=True):
             sample.copy_(table[ids.long()])
