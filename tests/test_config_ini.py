@@ -119,7 +119,7 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         ("step_length", "2", "step_length = 2 is not supported: it must be 1"),
         ("cache_chunk_size", "-1", "cache_chunk_size = -1 is not supported: it must be 1"),
         ("use_context_fmha", "0", "use_context_fmha = 0 is not supported: it must be 1"),
-        ("use_logn_attn", "1", "use_logn_attn = 1 is not supported for LlamaForCausalLM"),
+        ("use_logn_attn", "2", "use_logn_attn = 2 must be 0 or 1"),
         ("rope_scaling_factor", "0.5", "rope_scaling_factor = 0.5 must be 0 (off) or at least 1"),
         ("rope_scaling_factor", "-2", "rope_scaling_factor = -2 must be 0 (off) or at least 1"),
     ],
@@ -171,6 +171,13 @@ def test_dynamic_rope_follows_the_file(tmp_path: Path) -> None:
     assert read(write(tmp_path, rope_scaling_factor="2.5"))[0].rope_scaling == RopeScaling(
         rope_type="dynamic", factor=2.5
     )
+
+
+def test_logn_attention_follows_the_file(tmp_path: Path) -> None:
+    logn = dataclasses.replace(MODEL, use_logn_attn=True)
+    assert read(write(tmp_path, logn), logn)[0] == logn
+    assert read(write(tmp_path, logn, use_logn_attn="0"), logn)[0] == MODEL
+    assert read(write(tmp_path, use_logn_attn="1"))[0] == logn
 
 
 def test_rope_of_the_checkpoint_is_not_replaced(tmp_path: Path) -> None:

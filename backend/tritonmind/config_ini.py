@@ -82,7 +82,7 @@ def render_config_ini(template: str, model: ModelConfig, *, session_len: int, te
     values: dict[str, Value] = {key: fact(model) for key, fact in FACTS.items()}
     settings = new_settings(session_len=session_len, tensor_parallel_size=tensor_parallel_size)
     values |= {key: settings[name] for key, (_, name) in SETTINGS.items()}
-    values |= {**FIXED, USE_LOGN_ATTN: 0}
+    values |= {**FIXED, USE_LOGN_ATTN: int(model.use_logn_attn)}
     scaling = model.rope_scaling
     values[ROPE_SCALING_FACTOR] = scaling.factor if scaling and scaling.rope_type == "dynamic" else 0.0
     lines = []
@@ -96,7 +96,8 @@ def render_config_ini(template: str, model: ModelConfig, *, session_len: int, te
 def read_config_ini(path: Path, model: ModelConfig, model_source: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read `path` for a model whose facts came from `model_source`.
 
-    Returns the model, with the rotary scaling that the file asks for, and the settings as {field: value}.
+    Returns the model, with the rotary scaling and logn attention that the file asks for, and the settings as
+    {field: value}.
     Raises ConfigError with file, line and values for anything unknown, missing, mistyped or contradictory.
     """
     entries = _parse(path)
@@ -113,16 +114,16 @@ def read_config_ini(path: Path, model: ModelConfig, model_source: Path) -> tuple
                 f"{entries[key].where}: {key} = {entries[key].text} is not supported: it must be {expected}"
             )
     logn = entries[USE_LOGN_ATTN]
-    if _typed(USE_LOGN_ATTN, logn, int) != 0:
-        raise ConfigError(
-            f"{logn.where}: {USE_LOGN_ATTN} = {logn.text} is not supported for {model.architecture}: set it to 0"
-        )
+    use_logn_attn = _typed(USE_LOGN_ATTN, logn, int)
+    if use_logn_attn not in (0, 1):
+        raise ConfigError(f"{logn.where}: {USE_LOGN_ATTN} = {logn.text} must be 0 or 1")
     settings = {}
     for key, (cls, name) in SETTINGS.items():
         settings[name] = _setting(key, entries[key], typing.get_type_hints(cls)[name])
     # The tutorial's 1 is a multiplier of its own batch arithmetic; the engine chooses for itself.
     if settings["max_num_batched_tokens"] == 1:
         settings["max_num_batched_tokens"] = 0
+    model = dataclasses.replace(model, use_logn_attn=bool(use_logn_attn))
     return _with_dynamic_rope(model, entries[ROPE_SCALING_FACTOR]), settings
 
 

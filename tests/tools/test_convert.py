@@ -88,7 +88,10 @@ def test_rotary_settings_of_either_transformers(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; supported are LlamaForCausalLM"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM is not supported; supported are LlamaForCausalLM, MistralForCausalLM",
+        ),
         ({"architectures": None}, "architectures=None does not name one architecture"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size='64' is not of type int"),
@@ -96,14 +99,64 @@ def test_rotary_settings_of_either_transformers(
         ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"num_attention_heads": 0}, "num_heads=0 must be positive"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True asks for biases in the MLP, which is not supported"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank=512 asks for multi-head latent attention (MLA), which is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts=8 asks for a mixture of experts (MoE)"),
+        ({"alibi": True}, "alibi=True asks for ALiBi positions"),
+        ({"attention_sinks": 4}, "attention_sinks=4 asks for attention sinks"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 asks for softcapping of attention scores"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 asks for rotary embedding of a part of each head"),
+        ({"vision_config": {"depth": 2}}, "asks for images, sound or video"),
+        ({"sliding_window": 64}, "a sliding window (sliding_window=64, layer_types=[]) is not one of LlamaForCausalLM"),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
+            "1 of 2 layers have a sliding window, which is not supported: all layers must have one, or none",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "layer_types": ["linear_attention"] * 2},
+            "layer_types: layers of type 'linear_attention' are not supported",
+        ),
+        ({"architectures": ["InternLM3ForCausalLM"], "bias": True}, "mlp_bias=True asks for biases in the MLP"),
+        (
+            {"architectures": ["BaichuanForCausalLM"], "hidden_size": 5120},
+            "ALiBi positions (Baichuan 13B) is not supported",
+        ),
+        ({"architectures": ["BaichuanForCausalLM"], "tie_word_embeddings": True}, "tie_word_embeddings=True is not"),
+        ({"architectures": ["InternLMForCausalLM"], "rotary": {"type": "xpos"}}, "rotary of type 'xpos' is not"),
+        (
+            {"architectures": ["QWenLMHeadModel"], "no_bias": False},
+            "no_bias=False (biases in attention output and MLP)",
+        ),
+        (
+            {"architectures": ["QWenLMHeadModel"], "intermediate_size": 97},
+            "intermediate_size=97, which must be an even",
+        ),
         ({"quantization_config": [4]}, "quantization_config=[4] is not an object"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "type 'yarn' is not supported; supported are linear",
+            {"rope_parameters": {"rope_type": "proportional", "factor": 2.0}},
+            "type 'proportional' is not supported; supported are linear, dynamic, llama3, yarn, longrope",
         ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters: low_freq_factor is missing"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1}}, "mscale=1: not supported"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "mrope_section=[2, 3, 3]: not"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 0.5}}, "rope_scaling: factor=0.5 must be at least 1"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 64,
+                    "factor": 2.0,
+                    "short_factor": [1.0],
+                    "long_factor": [1.0] * 8,
+                }
+            },
+            "short_factor has 1 values, not head_dim / 2",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] is not an object"),
         ({"intermediate_size": 97}, "has shape [96, 64], config.json asks for [97, 64]"),
