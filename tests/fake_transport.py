@@ -14,7 +14,7 @@ from typing import Any
 
 from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind_tools import console
-from tritonmind_tools.console_transport import Delta, Message
+from tritonmind_tools.console_transport import Delta, Message, Status
 
 ERRORS = {
     "fail": InvalidRequestError("top_p", 2.0, "must be above 0 and at most 1"),
@@ -53,6 +53,12 @@ class FakeTransport:
         counts = {"num_input_tokens": 7 * len(messages), "num_cached_tokens": 7 * (len(messages) - 1)}
         yield Delta(text="said: ", num_tokens=2, **counts)
         yield Delta(text=question, num_tokens=3, finish_reason="stop", **counts)
+
+    def connect(self) -> FakeTransport:
+        return self
+
+    def status(self) -> Status:
+        return Status(is_ready=not self.is_closed, text=self.title)
 
     def cancel(self) -> None:
         self._cancelled.set()

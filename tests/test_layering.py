@@ -145,9 +145,25 @@ def test_package_does_not_know_the_tools() -> None:
         assert not any(target.startswith("tritonmind_tools") for target in IMPORTS[name]), name
 
 
-def test_client_needs_tritonclient_only() -> None:
-    for heavy in ("torch", "transformers", "safetensors"):
-        assert heavy not in outside("tritonmind_tools.triton_client")
+def test_clients_need_their_protocol_only() -> None:
+    allowed = {
+        "api_client": {"httpx", "httpx_sse"},
+        "conversation": set(),
+        "console": set(),
+        "console_transport": set(),
+        "gradio_app": {"fastapi", "gradio", "uvicorn"},
+        "triton_client": {"numpy", "tritonclient"},
+    }
+    for folder, libraries in allowed.items():
+        for name in modules_in(f"tritonmind_tools.{folder}"):
+            assert outside(name) <= libraries, f"{name} imports {outside(name) - libraries}"
+
+
+def test_a_page_over_a_server_loads_no_torch() -> None:
+    pytest.importorskip("gradio")
+    code = "import tritonmind_tools.gradio_app.serve, tritonmind_tools.api_client, httpx_sse, tritonclient.grpc"
+    loaded = loaded_after(code, BACKEND, TOOLS)
+    assert "gradio" in loaded and not loaded & {"torch", "transformers"}
 
 
 def test_no_import_cycles() -> None:

@@ -14,9 +14,10 @@ import pytest
 from tests.fake_transport import FakeTransport
 from tests.terminal import CTRL_D, Terminal, environment
 
-from tritonmind_tools.console import Console, Turn
+from tritonmind_tools.console import Console
 from tritonmind_tools.console_screen import Screen
 from tritonmind_tools.console_transport import Delta, statistics
+from tritonmind_tools.conversation import Turn
 
 FAKE = [sys.executable, "-m", "tests.fake_transport"]
 
@@ -91,7 +92,7 @@ def test_undo_and_retry() -> None:
     talk = Talk("one\n\ntwo\n\n/undo\n/retry\nthree\n")
     contents = [[message["content"] for message in messages] for messages in talk.transport.seen]
     assert contents == [["one"], ["one", "said: one", "two"], ["one"], ["one", "said: one", "three"]]
-    assert talk.console.turns == [Turn("one", "said: one"), Turn("three", "said: three")]
+    assert talk.console.talk.turns == [Turn("one", "said: one"), Turn("three", "said: three")]
     assert "taken back: two\n" in talk.notes
 
 
@@ -136,6 +137,15 @@ def test_a_wrong_command_is_named_and_the_console_lives_on(command: str, problem
     talk = Talk(f"{command}\nfine\n")
     assert "error: " in talk.notes and problem in talk.notes
     assert (talk.transport.options, talk.exit_code) == ([{}], 1)
+
+
+def test_sessions_are_conversations_beside_each_other() -> None:
+    talk = Talk("/system s\none\n\n/session other\ntwo\n\n/session 1\n/session\nthree\n")
+    contents = [[message["content"] for message in messages] for messages in talk.transport.seen]
+    assert contents == [["s", "one"], ["s", "two"], ["s", "one", "said: one", "three"]]
+    assert "session other: 0 turns\nsession 1: 1 turns\n* 1: 1 turns\n  other: 1 turns\n" in re.sub(
+        r"\[.*\]\n", "", talk.notes
+    )
 
 
 def test_save_writes_messages_and_replaces_nothing(tmp_path: Path) -> None:

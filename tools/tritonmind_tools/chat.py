@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 from tritonmind.sampling_params import SamplingParams
 from tritonmind_tools import console
-from tritonmind_tools.console_transport import Delta, Message
+from tritonmind_tools.console_transport import Delta, Message, Status
 
 if TYPE_CHECKING:
     from tritonmind.engine.llm import LLM, StreamDelta
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ENGINE_NAME = "turbomind"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+# What a command line may say of the engine.
+OVERRIDES = ("model_name", "chat_template", "session_len", "dtype", "device")
 
 _EXAMPLES = """examples:
   tritonmind chat ./workspace                         talk; an empty line sends, /help says more
@@ -35,28 +37,83 @@ In a pipe each paragraph is a question, answers go to stdout and statistics to s
 """
 
 
-class LocalTransport:
-    """A console's way to an engine in a process of its own. One that has died is started again by the next answer.
+class LocalEngine:
+    """An engine in a process of its own as the source of conversations. Thread-safe.
 
-    overrides: as LLM's. Raises TritonmindError with the cause when the engine cannot start.
+    One that has died is started again by the next answer. overrides: as LLM's. Raises TritonmindError with the cause
+    when the engine cannot start.
     """
 
     def __init__(self, path: str, overrides: Mapping[str, object]) -> None:
         self._path = path
         self._overrides = dict(overrides)
-        self._events: queue.SimpleQueue[StreamDelta | Exception | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._llm: LLM | None = self._start()
         info = self._llm.engine.info
         self.title = (
             f"{self._llm.model.model_name} on {info.device} in {info.dtype}, {info.max_model_len} tokens of context"
         )
 
+    def connect(self) -> LocalTransport:
+        return LocalTransport(self)
+
+    def status(self) -> Status:
+        llm = self._llm
+        if llm is None or not llm.engine.is_alive():
+            return Status(is_ready=False, text="the engine has ended; the next question starts it again")
+        stats = llm.engine.latest_stats
+        load = f", {stats.num_running} answers running, {stats.num_waiting} waiting" if stats is not None else ""
+        return Status(is_ready=True, text=self.title + load)
+
+    def close(self) -> None:
+        with self._lock:
+            llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.close()
+
+    def llm(self) -> LLM:
+        """The running engine. Whoever asks while it starts waits."""
+        with self._lock:
+            if self._llm is None:
+                self._llm = self._start()
+            return self._llm
+
+    def discard(self, llm: LLM) -> None:
+        """Let go of an engine that has died."""
+        with self._lock:
+            if self._llm is llm:
+                self._llm = None
+        llm.close()
+
+    def _start(self) -> LLM:
+        from tritonmind.engine.llm import LLM
+
+        llm = LLM(self._path, **self._overrides)  # type: ignore[arg-type]
+        for warning in llm.warnings:
+            print(f"tritonmind: warning: {warning}", file=sys.stderr)
+        if llm.chat_template is None:
+            llm.close()
+            raise ConfigError(
+                f"{self._path} has no chat template: it completes texts and cannot chat; "
+                "use a model tuned for chat, or give its form with --chat-template"
+            )
+        return llm
+
+
+class LocalTransport:
+    """One conversation with a local engine."""
+
+    def __init__(self, source: LocalEngine) -> None:
+        self.title = source.title
+        self._source = source
+        self._events: queue.SimpleQueue[StreamDelta | Exception | None] = queue.SimpleQueue()
+
     def stream(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Generator[Delta, None, None]:
-        llm = self._llm = self._llm or self._start()
+        params = SamplingParams(**options)
+        llm = self._source.llm()
         events = self._events = queue.SimpleQueue()
         left = threading.Event()
-        answer = (llm, messages, SamplingParams(**options))
-        threading.Thread(target=_pump, args=(*answer, events, left), name="answer", daemon=True).start()
+        threading.Thread(target=_pump, args=(llm, messages, params, events, left), name="answer", daemon=True).start()
         try:
             while True:
                 event = events.get()
@@ -79,7 +136,7 @@ class LocalTransport:
         except UnavailableError as error:
             if llm.engine.is_alive():
                 raise
-            self.close()
+            self._source.discard(llm)
             raise UnavailableError(f"{error}; the next question starts the engine again") from None
         finally:
             left.set()
@@ -88,23 +145,7 @@ class LocalTransport:
         self._events.put(None)
 
     def close(self) -> None:
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            llm.close()
-
-    def _start(self) -> LLM:
-        from tritonmind.engine.llm import LLM
-
-        llm = LLM(self._path, **self._overrides)  # type: ignore[arg-type]
-        for warning in llm.warnings:
-            print(f"tritonmind: warning: {warning}", file=sys.stderr)
-        if llm.chat_template is None:
-            llm.close()
-            raise ConfigError(
-                f"{self._path} has no chat template: it completes texts and cannot chat; "
-                "use a model tuned for chat, or give its form with --chat-template"
-            )
-        return llm
+        """The engine is its source's."""
 
 
 def _pump(
@@ -143,6 +184,13 @@ def register(subparsers: Any) -> None:
         metavar="PATH",
         help="workspace, Hugging Face folder or .gguf file ('turbomind PATH' works too)",
     )
+    add_engine_arguments(parser)
+    console.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for each of OVERRIDES."""
     parser.add_argument("--model-name", metavar="NAME", help="of a checkpoint: its name, as `convert` takes it")
     parser.add_argument(
         "--chat-template",
@@ -152,18 +200,15 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
     parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
-    console.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends. Raises TritonmindError when the engine cannot start or an option is wrong."""
-    names = ("model_name", "chat_template", "session_len", "dtype", "device")
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     # One conversation needs no more slots, and a GPU gets ready sooner.
     path = _path(args.path)
-    connect = partial(LocalTransport, path, {"max_num_seqs": 1, **overrides})
-    return console.converse(connect, args, opening=f"loading {path}")
+    source = partial(LocalEngine, path, {"max_num_seqs": 1, **overrides})
+    return console.converse(source, args, opening=f"loading {path}")
 
 
 def _path(words: Sequence[str]) -> str:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from tritonmind import __version__
 from tritonmind.errors import TritonmindError
 from tritonmind_tools import (
+    api_client,
     api_server,
     bench,
     chat,
     check_env,
     convert,
     embedded_server,
+    gradio_app,
     list_templates,
     lite,
     triton_client,
@@ -56,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     embedded_server.register(serve_commands)
     triton_client.register(serve_commands)
     api_server.register(serve_commands)
+    api_client.register(serve_commands)
+    gradio_app.register(serve_commands)
     lite.register(commands)
     list_templates.register(commands)
     check_env.register(commands)

@@ -1,7 +1,7 @@
 """A conversation in a terminal or a pipe, over any Transport. Needs neither torch nor a server.
 
 Lines are collected until an empty one sends them. A first line that begins with '/' is a command, `exit` leaves and
-`end` forgets the conversation. The history lives here; the model sees all of it with each turn.
+`end` forgets the conversation. The history lives here, one for each session; the model sees all of it with each turn.
 """
 
 from __future__ import annotations
@@ -27,14 +27,10 @@ from tritonmind_tools.console_options import (
     sampling_options,
 )
 from tritonmind_tools.console_screen import Screen
-from tritonmind_tools.console_transport import Delta, Message, Transport, finish_reason, statistics
+from tritonmind_tools.console_transport import Delta, Message, Source, Transport, finish_reason, is_too_long, statistics
+from tritonmind_tools.conversation import Conversation, Turn
 
-
-class Turn(NamedTuple):
-    """A question and what was answered, the answer perhaps cut short."""
-
-    question: str
-    answer: str
+DEFAULT_SESSION = "1"
 
 
 class _Command(NamedTuple):
@@ -58,14 +54,14 @@ class Console:
         system: str | None = None,
         options: Mapping[str, Any] | None = None,
         show_statistics: bool = True,
+        session: str = DEFAULT_SESSION,
     ) -> None:
-        self.turns: list[Turn] = []
-        self.system = system
+        self.sessions = {session: Conversation(system)}
+        self.talk = self.sessions[session]
         self.options = dict(options or {})
         self._transport = transport
         self._screen = screen
         self._show_statistics = show_statistics
-        self._unanswered: str | None = None
         self._failed = False
         self._commands = {
             "/help": _Command(self._help, "/help", "this list"),
@@ -76,6 +72,9 @@ class Console:
             "/undo": _Command(self._undo, "/undo", "take the last question and its answer back"),
             "/retry": _Command(self._retry, "/retry", "ask the last question again, for another answer"),
             "/clear": _Command(self._clear, "/clear", "forget the conversation, as `end` does; options stay"),
+            "/session": _Command(
+                self._session, "/session NAME", "go to another conversation, a new one too; without NAME: list them"
+            ),
             "/save": _Command(self._save, "/save FILE", "write the conversation to a new file, as JSON messages"),
         }
 
@@ -89,15 +88,6 @@ class Console:
                     self._ask(question)
         except _Leave:
             return 1 if self._failed and not self._screen.interactive else 0
-
-    @property
-    def messages(self) -> list[Message]:
-        """The conversation as the model gets it."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer})
-        return messages
 
     def _read(self) -> str | None:
         """The lines of a question; None when there was a command instead."""
@@ -138,10 +128,10 @@ class Console:
 
     def _ask(self, question: str) -> None:
         """Have a question answered. One that fails, or is cancelled before a word came, is no part of the history."""
-        self._unanswered = question
+        self.talk.unanswered = question
         arrivals: list[tuple[float, Delta]] = []
         try:
-            self._receive([*self.messages, {"role": "user", "content": question}], arrivals)
+            self._receive([*self.talk.messages, {"role": "user", "content": question}], arrivals)
         except TritonmindError as error:
             self._screen.end_answer()
             self._fail(f"{error}{self._remedy(error)}")
@@ -155,8 +145,8 @@ class Console:
             self._screen.note(statistics(arrivals))
         answer = "".join(delta.text for _, delta in arrivals)
         if answer or finish_reason(arrivals) != "cancelled":
-            self.turns.append(Turn(question, answer))
-            self._unanswered = None
+            self.talk.turns.append(Turn(question, answer))
+            self.talk.unanswered = None
 
     def _receive(self, messages: list[Message], arrivals: list[tuple[float, Delta]]) -> None:
         """Show an answer as it comes, and add its parts to `arrivals`, each with the seconds after which it came."""
@@ -190,9 +180,9 @@ class Console:
             signal.signal(signal.SIGINT, previous)
 
     def _remedy(self, error: TritonmindError) -> str:
-        if "session_len" not in str(error):
+        if not is_too_long(error):
             return ""
-        if not self.turns:
+        if not self.talk.turns:
             return "; shorten the question"
         return "; the conversation before it counts: /undo takes the last turn back, /clear forgets all"
 
@@ -210,7 +200,7 @@ class Console:
         self._screen.table(rows)
 
     def _set_system(self, rest: str) -> None:
-        self.system = rest or None
+        self.talk.system = rest or None
         self._screen.note(f"system: {rest}" if rest else "no system message")
 
     def _set(self, rest: str) -> None:
@@ -231,33 +221,42 @@ class Console:
         self._screen.table([(name, _shown(self.options.get(name))) for name in OPTIONS])
 
     def _history(self, rest: str) -> None:
-        if not self.messages:
+        if not self.talk.messages:
             self._screen.note("nothing was said yet")
-        for message in self.messages:
+        for message in self.talk.messages:
             self._screen.note(f"{message['role']}:")
             self._screen.write(message["content"])
             self._screen.end_answer()
 
     def _undo(self, rest: str) -> None:
         self._screen.note(f"taken back: {self._last_turn().question}")
-        del self.turns[-1]
+        del self.talk.turns[-1]
 
     def _retry(self, rest: str) -> None:
-        question = self._unanswered
+        question = self.talk.unanswered
         if question is None:
             question = self._last_turn().question
-            del self.turns[-1]
+            del self.talk.turns[-1]
         self._ask(question)
 
     def _last_turn(self) -> Turn:
-        if not self.turns:
+        if not self.talk.turns:
             raise ConfigError("nothing was asked yet")
-        return self.turns[-1]
+        return self.talk.turns[-1]
 
     def _clear(self, rest: str) -> None:
-        self.turns.clear()
-        self._unanswered = None
+        self.talk.turns.clear()
+        self.talk.unanswered = None
         self._screen.note("the conversation is forgotten")
+
+    def _session(self, rest: str) -> None:
+        if not rest:
+            for name, talk in self.sessions.items():
+                mark = "*" if talk is self.talk else " "
+                self._screen.note(f"{mark} {name}: {len(talk.turns)} turns")
+            return
+        self.talk = self.sessions.setdefault(rest, Conversation(self.talk.system))
+        self._screen.note(f"session {rest}: {len(self.talk.turns)} turns")
 
     def _save(self, rest: str) -> None:
         if not rest:
@@ -265,7 +264,7 @@ class Console:
         path = Path(rest).expanduser()
         try:
             with path.open("x", encoding="utf-8") as file:
-                json.dump(self.messages, file, ensure_ascii=False, indent=1)
+                json.dump(self.talk.messages, file, ensure_ascii=False, indent=1)
                 file.write("\n")
         except FileExistsError:
             raise ConfigError(f"{path} exists already: choose another name") from None
@@ -279,17 +278,27 @@ def _shown(value: Any) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every console has."""
     parser.add_argument("--system", metavar="TEXT", help="system message that begins the conversation")
+    parser.add_argument(
+        "--session-id", default=DEFAULT_SESSION, metavar="NAME", help="name of the first session (default: %(default)s)"
+    )
     parser.add_argument("--no-stats", action="store_true", help="no line of statistics after an answer")
     add_sampling_arguments(parser)
 
 
-def converse(connect: Callable[[], Transport], args: argparse.Namespace, *, opening: str) -> int:
+def converse(find: Callable[[], Source], args: argparse.Namespace, *, opening: str) -> int:
     """Run a console with the options of a command line on stdin and stdout. Returns the exit code.
 
-    opening: shown while `connect` works. Raises InvalidRequestError for a wrong option before that, and what it raises.
+    opening: shown while `find` works. Raises InvalidRequestError for a wrong option before that, and what it raises.
     """
     options = sampling_options(args)
     screen = Screen.standard()
     screen.greet(f"{opening} ...")
-    with contextlib.closing(connect()) as transport:
-        return Console(transport, screen, system=args.system, options=options, show_statistics=not args.no_stats).run()
+    with contextlib.closing(find()) as source, contextlib.closing(source.connect()) as transport:
+        return Console(
+            transport,
+            screen,
+            system=args.system,
+            options=options,
+            show_statistics=not args.no_stats,
+            session=args.session_id,
+        ).run()

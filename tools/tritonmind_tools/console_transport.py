@@ -1,4 +1,4 @@
-"""What a console needs of a model: answers as they come, and how to give one up."""
+"""What a console or a page needs of a model: answers as they come, how to give one up, and how the model is."""
 
 from __future__ import annotations
 
@@ -49,24 +49,63 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
+        """End the conversation's connection."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a model's server is. text: what to show, the reason where it is not ready."""
+
+    is_ready: bool
+    text: str
+
+
+class Source(Protocol):
+    """Where models answer: an engine of this process, or a server. Any number of conversations at once."""
+
+    def connect(self) -> Transport:
+        """A way for one conversation; close it. Raises TritonmindError if nothing answers."""
+        ...
+
+    def status(self) -> Status:
+        """How it is now, from any thread, within seconds."""
+        ...
+
+    def close(self) -> None:
         """Let go of the model."""
         ...
 
 
+def is_too_long(error: Exception) -> bool:
+    """Whether a prompt was refused for its length: in our words, or in those of OpenAI's API."""
+    return any(words in str(error) for words in ("session_len", "context length", "context_length"))
+
+
 def statistics(arrivals: Sequence[tuple[float, Delta]]) -> str:
-    """One line on an answer. tok/s: from the first response on, which is when the prompt has been read."""
+    """One line on an answer."""
+    return f"[{', '.join([*figures(arrivals), finish_reason(arrivals)])}]"
+
+
+def figures(arrivals: Sequence[tuple[float, Delta]]) -> list[str]:
+    """Counts and speed of an answer, or of its beginning.
+
+    tok/s: from the first response on, which is when the prompt has been read.
+    """
     deltas = [delta for _, delta in arrivals]
     num_tokens = sum(delta.num_tokens for delta in deltas)
     num_prompt_tokens = max((delta.num_input_tokens for delta in deltas), default=0)
     num_cached_tokens = max((delta.num_cached_tokens for delta in deltas), default=0)
-    parts = [f"prompt {num_prompt_tokens} tokens, {num_cached_tokens} cached", f"answer {num_tokens} tokens"]
+    # Some servers count the prompt with the last response only, or not at all.
+    parts = [f"prompt {num_prompt_tokens} tokens, {num_cached_tokens} cached"] if num_prompt_tokens else []
+    parts.append(f"answer {num_tokens} tokens")
     with_tokens = [(seconds, delta.num_tokens) for seconds, delta in arrivals if delta.num_tokens]
     if with_tokens:
         (first, num_first), (last, _) = with_tokens[0], with_tokens[-1]
         if last > first:
             parts.append(f"{(num_tokens - num_first) / (last - first):.1f} tok/s")
         parts.append(f"first after {first:.2f} s")
-    return f"[{', '.join([*parts, finish_reason(arrivals)])}]"
+    return parts
 
 
 def finish_reason(arrivals: Sequence[tuple[float, Delta]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 from tritonmind_tools import console
-from tritonmind_tools.console_transport import Delta, Message
+from tritonmind_tools.console_transport import Delta, Message, Status
 
 MODEL_NAME = "tritonmind"
 CONNECT_TIMEOUT_S = 5.0
@@ -178,6 +178,28 @@ def _delta(result: Any) -> Delta:
     )
 
 
+class TritonServer:
+    """A Triton server as the source of conversations. Raises ConfigError for a malformed address."""
+
+    def __init__(self, address: str, *, stream: bool = True) -> None:
+        parse_address(address)
+        self._address = address
+        self._stream = stream
+
+    def connect(self) -> TritonTransport:
+        return TritonTransport(self._address, stream=self._stream)
+
+    def status(self) -> Status:
+        try:
+            with TritonClient(self._address):
+                return Status(is_ready=True, text=f"{MODEL_NAME}, Triton server {self._address}")
+        except TritonmindError as error:
+            return Status(is_ready=False, text=str(error))
+
+    def close(self) -> None:
+        """Conversations have connections of their own."""
+
+
 class TritonTransport:
     """A console's way to a served model. A connection that is lost is made anew by the next answer."""
 
@@ -239,5 +261,5 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the input ends. Raises TritonmindError when the server cannot be reached or an option is wrong."""
-    connect = partial(TritonTransport, args.address, stream=args.stream)
-    return console.converse(connect, args, opening=f"connecting to {args.address}")
+    source = partial(TritonServer, args.address, stream=args.stream)
+    return console.converse(source, args, opening=f"connecting to {args.address}")
