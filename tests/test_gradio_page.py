@@ -219,12 +219,13 @@ def test_a_page_whose_own_server_comes_back(browser: Any, source: Models) -> Non
         chat.ask("slow")
         chat.expect("#tm-chat .bot.message", "word1 ")
     with page_of(source, int(served.url.rpartition(":")[2])):
-        chat.page.wait_for_timeout(3000)
-        chat.page.screenshot(path="/tmp/clients-back.png")
+        # Gradio reloads a page whose server is another one now.
+        chat.page.wait_for_selector("#tm-box .submit-button")
+        wait_until(lambda: len(chat.texts) == 4)
         chat.ask("two")
-        chat.page.wait_for_timeout(5000)
-        chat.page.screenshot(path="/tmp/clients-back2.png")
         chat.expect_answer("said: two")
+        assert chat.texts[:3] == ["one", "said: one", "slow"] and len(chat.texts) == 6
+        assert source.seen()[-1][:2] == ["one", "said: one"] and len(source.seen()[-1]) == 5
         chat.close()
 
 

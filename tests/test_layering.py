@@ -151,7 +151,7 @@ def test_clients_need_their_protocol_only() -> None:
         "conversation": set(),
         "console": set(),
         "console_transport": set(),
-        "gradio_app": {"fastapi", "gradio", "uvicorn"},
+        "gradio_app": {"fastapi", "gradio", "starlette", "uvicorn"},
         "triton_client": {"numpy", "tritonclient"},
     }
     for folder, libraries in allowed.items():
@@ -161,8 +161,8 @@ def test_clients_need_their_protocol_only() -> None:
 
 def test_a_page_over_a_server_loads_no_torch() -> None:
     """Gradio itself, which takes seconds to import, is a stand-in here."""
-    code = "import sys\nfrom unittest.mock import MagicMock\n"
-    code += "sys.modules.update({name: MagicMock() for name in ('fastapi', 'gradio', 'uvicorn')})\n"
+    web = ["fastapi", "gradio", "starlette", "starlette.datastructures", "starlette.types", "uvicorn"]
+    code = f"import sys\nfrom unittest.mock import MagicMock\nsys.modules.update((n, MagicMock()) for n in {web})\n"
     code += "import tritonmind_tools.gradio_app.serve, httpx_sse, tritonclient.grpc"
     loaded = loaded_after(code, BACKEND, TOOLS)
     assert "tritonmind_tools.gradio_app.page" in loaded and not loaded & {"torch", "transformers"}

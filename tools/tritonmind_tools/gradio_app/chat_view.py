@@ -19,6 +19,8 @@ Shown = dict[str, Any]  # a message of Gradio's Chatbot
 
 # The id of an answer that failed, and with its question is no part of what the model gets.
 FAILED = "failed"
+# What stands there until the first word; if it stays, there was no answer.
+PENDING: Shown = {"role": "assistant", "content": "…", "metadata": {"id": FAILED}}
 
 
 def model_messages(chat: Sequence[Shown], system: str) -> list[Message]:

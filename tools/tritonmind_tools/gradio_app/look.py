@@ -73,20 +73,23 @@ footer { display: none !important; }
 """
 
 # The choice outlives the page; without one the system's preference counts, which Gradio itself follows.
-HEAD = """
-<meta name="color-scheme" content="light dark">
-<script>
-document.addEventListener("DOMContentLoaded", () => {
+RESTORE_THEME = """() => {
   const wanted = localStorage.getItem("tritonmind-theme");
-  if (!wanted) return;
-  const keep = () => document.body.classList.toggle("dark", wanted === "dark");
-  keep(); setTimeout(keep, 300); setTimeout(keep, 1500);
-});
-</script>
-"""
+  if (wanted) document.body.classList.toggle("dark", wanted === "dark");
+}"""
 TOGGLE_THEME = """() => {
   const dark = document.body.classList.toggle("dark");
   localStorage.setItem("tritonmind-theme", dark ? "dark" : "light");
+}"""
+# The conversation outlives a reload, which is what Gradio does when its server comes back; each tab has its own. What a
+# new page says of its chat before the old one is restored does not count.
+KEEP_CHAT = """(chat) => {
+  if (!window.tritonmindRestored) return;
+  try { sessionStorage.setItem("tritonmind-chat", JSON.stringify(chat)); } catch {}
+}"""
+RESTORE_CHAT = """() => {
+  window.tritonmindRestored = true;
+  try { return [JSON.parse(sessionStorage.getItem("tritonmind-chat")) ?? []]; } catch { return [[]]; }
 }"""
 SHOW_SETTINGS = """() => document.querySelector(".sidebar .toggle-button").click()"""
 

@@ -112,6 +112,9 @@ class Page:
         self._settings.click(None, js=look.SHOW_SETTINGS)
         self._theme.click(None, js=look.TOGGLE_THEME)
         gr.Timer(_STATUS_PERIOD_S).tick(self._status, None, [self._header], **quiet)
+        self._chat.change(None, [self._chat], None, js=look.KEEP_CHAT)
+        self.blocks.load(None, None, [self._chat], js=look.RESTORE_CHAT)
+        self.blocks.load(None, js=look.RESTORE_THEME)
         self.blocks.load(self._status, None, [self._header], **quiet)
         self.blocks.unload(self._leave)
 
@@ -152,28 +155,33 @@ class Page:
             return
         session = self._sessions.get(_name(request))
         answer = session.ask(chat_view.model_messages(chat, system), options)
-        yield [*chat, _PENDING], _box(is_busy=True, **({"value": ""} if empties_box else {})), ""
+        yield [*chat, chat_view.PENDING], _box(is_busy=True, **({"value": ""} if empties_box else {})), ""
         seen = 0
         while not answer.is_done:
             await asyncio.sleep(_REFRESH_S)
-            if len(answer.arrivals) > seen and answer.text:
+            if session.answer is answer and len(answer.arrivals) > seen and answer.text:
                 seen = len(answer.arrivals)
                 yield [*chat, *chat_view.answer_view(answer)], gr.skip(), chat_view.note(answer)
-        # Another question, or a new chat, has the page by now.
+        # Another question, or a new chat, may have the page by now.
         if session.answer is answer:
             yield [*chat, *chat_view.answer_view(answer)], _box(is_busy=False), chat_view.note(answer)
 
-    def _undo(self, chat: list[Shown], request: gr.Request, event: gr.UndoData) -> _Updates:
+    async def _forget(self, request: gr.Request) -> None:
+        """Give up what is running. Afterwards nothing of it comes to the page any more."""
+        await asyncio.to_thread(self._sessions.get(_name(request)).forget)
+        await asyncio.sleep(2 * _REFRESH_S)
+
+    async def _undo(self, chat: list[Shown], request: gr.Request, event: gr.UndoData) -> _Updates:
         """The last question goes back into the box."""
         assert isinstance(event.index, int)
-        self._sessions.get(_name(request)).stop()
+        await self._forget(request)
         last = chat_view.last_question(chat, event.index)
         if last is None:
             return gr.skip(), gr.skip(), gr.skip()
         return chat[:last], _box(is_busy=False, value=chat_view.text_of(chat[last])), ""
 
-    def _clear(self, request: gr.Request) -> _Updates:
-        self._sessions.drop(_name(request))
+    async def _clear(self, request: gr.Request) -> _Updates:
+        await self._forget(request)
         return [], _box(is_busy=False), ""
 
     def _stop(self, request: gr.Request) -> None:
@@ -184,9 +192,6 @@ class Page:
 
     def _leave(self, request: gr.Request) -> None:
         self._sessions.drop(_name(request))
-
-
-_PENDING: Shown = {"role": "assistant", "content": "…"}
 
 
 def _box(*, is_busy: bool, **changes: Any) -> gr.Textbox:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable
 
 # Read by Gradio and by huggingface_hub when they are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -12,7 +11,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tritonmind_tools.console_transport import Source
 from tritonmind_tools.gradio_app import look
@@ -31,16 +32,26 @@ _HEADERS = {
 }
 
 
+class _WithHeaders:
+    """An ASGI application whose answers have _HEADERS too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_more)
+
+
 def make_app(sessions: Sessions, watch: Watch, *, num_answers: int) -> FastAPI:
     """The page as an application, at /."""
     app = FastAPI(openapi_url=None)
 
-    @app.middleware("http")
-    async def add_headers(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await answer(request)
-        response.headers.update(_HEADERS)
-        return response
-
+    app.add_middleware(_WithHeaders)
     page = Page(sessions, watch, num_answers=num_answers)
     return gr.mount_gradio_app(
         app,
@@ -48,7 +59,6 @@ def make_app(sessions: Sessions, watch: Watch, *, num_answers: int) -> FastAPI:
         path="/",
         theme=look.theme(),
         css=look.CSS,
-        head=look.HEAD,
         footer_links=[],
         run_history=False,
         show_error=False,

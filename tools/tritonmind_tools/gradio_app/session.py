@@ -87,11 +87,16 @@ class Session:
         if self.answer is not None:
             self.answer.stop()
 
+    def forget(self) -> None:
+        """Give the running answer up, and wait until it has ended: nobody wants to see any more of it."""
+        answer, self.answer = self.answer, None
+        if answer is not None:
+            answer.stop()
+            answer.wait(timeout=5.0)
+
     def close(self) -> None:
         """Give everything up."""
-        self.stop()
-        if self.answer is not None:
-            self.answer.wait(timeout=5.0)
+        self.forget()
         if self._transport is not None:
             self._transport.close()
 
