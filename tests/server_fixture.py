@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,10 @@ from tritonmind_tools.server_install import HOME_VARIABLE
 ENGINE_MODULE = "tritonmind.engine.core_process"
 
 
-def make_workspace(directory: Path, *options: str) -> Path:
+def make_workspace(directory: Path, *options: str, **checkpoint: Any) -> Path:
     """A workspace whose engine uses one thread, so that the tests leave the machine usable."""
     directory.mkdir(parents=True, exist_ok=True)
-    workspace = tiny_workspace(directory, *options, max_position_embeddings=4096)
+    workspace = tiny_workspace(directory, *options, max_position_embeddings=4096, **checkpoint)
     config = workspace / "model_repository" / "tritonmind" / "config.pbtxt"
     text = config.read_text()
     unset = '"num_threads" value: { string_value: "" }'
