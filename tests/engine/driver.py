@@ -49,10 +49,11 @@ class Driver:
         max_model_len: int = 40,
         block_size: int = BLOCK,
         with_inputs: bool = False,
+        holds_back: bool = False,
     ) -> None:
         config = SchedulerConfig(max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(config, self.manager)
+        self.scheduler = Scheduler(config, self.manager, holds_back=holds_back)
         self.executor: FakeExecutor | InputsExecutor = (
             InputsExecutor(num_blocks, block_size, config)
             if with_inputs

@@ -71,11 +71,12 @@ def test_prompts_come_in_turn_unless_one_is_long() -> None:
         assert driver.tokens[number], "a prompt behind it took of its step"
 
 
-def _many_decodes(num_decodes: int, *, depth: int = 0) -> Driver:
+def _many_decodes(num_decodes: int, *, depth: int = 0, holds_back: bool = True) -> Driver:
     """One in which so many sequences decode, with slots for some more."""
     driver = Driver(
-        num_blocks=900, depth=depth, max_num_seqs=num_decodes + 8, budget=4096, max_model_len=3000, block_size=64
-    )
+        num_blocks=900, depth=depth, max_num_seqs=num_decodes + 8, budget=4096, max_model_len=3000, block_size=64,
+        holds_back=holds_back,
+    )  # fmt: skip
     for number in range(num_decodes):
         driver.scheduler.add(request(number, [number], 40))
     for _ in range(1 + depth):
@@ -131,6 +132,13 @@ def test_prompts_that_come_later_share_the_step_that_others_wait_for() -> None:
     assert not driver.tokens[1002]
     driver.scheduler.add(request(1003, [10] * MIN_SHARED_TOKENS, 40))
     assert _steps_until_first(driver, 1002) == 1
+    driver.run()
+
+
+def test_where_steps_with_prompts_have_no_price_none_waits() -> None:
+    driver = _many_decodes(MANY_DECODES, holds_back=False)
+    driver.scheduler.add(request(1000, [7] * 100, 40))
+    assert _steps_until_first(driver, 1000) == 1
     driver.run()
 
 

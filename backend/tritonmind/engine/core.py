@@ -49,7 +49,9 @@ class EngineCore:
             config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
-        self.scheduler = Scheduler(limits, self.block_manager, rope_limits=runner.rope_limits)
+        # Steps with prompts write 4-bit weights out in 16 bits; without graphs the host takes long to launch them.
+        is_dear = runner.device.type == "cuda" and (config.model.weight_type == "int4" or config.enforce_eager)
+        self.scheduler = Scheduler(limits, self.block_manager, rope_limits=runner.rope_limits, holds_back=is_dear)
         self.async_depth = (
             (0 if runner.device.type == "cpu" else 1) if config.async_depth == "auto" else config.async_depth
         )

@@ -8,8 +8,8 @@ Order of one `schedule()`:
  3. waiting sequences are admitted while slots, blocks and budget last: lower priority numbers first, and first come,
     first served among equals;
  4. long prompts get what is left, and half of it was kept for them: neither they nor those behind them starve;
- 5. beside many decodes, few tokens of prompts wait a few steps for others to share one with: until then 2 to 4 do not
-    happen.
+ 5. where steps with prompts have a price of their own, few tokens of prompts beside many decodes wait a few steps for
+    others to share one with: until then 2 to 4 do not happen.
 A sequence that cannot get a block takes it from the running sequence of the highest priority number, among equals the
 most recently admitted one, which is preempted: it loses its blocks, takes its place in the queue by its arrival, and
 recomputes (or finds in the prefix cache) what it had. No sequence is admitted in a step that preempted one.
@@ -59,9 +59,14 @@ class Scheduler:
     """Queues, slots and blocks of all live sequences. `max_num_batched_tokens` must be resolved (not 0)."""
 
     def __init__(
-        self, config: SchedulerConfig, block_manager: BlockManager, *, rope_limits: SequenceABC[int] = ()
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        *,
+        rope_limits: SequenceABC[int] = (),
+        holds_back: bool = False,
     ) -> None:
-        """rope_limits: see RopeGrowth."""
+        """rope_limits: see RopeGrowth. holds_back: see _holds_back."""
         assert config.max_num_batched_tokens >= config.max_num_seqs
         self._rope = RopeGrowth(rope_limits)
         self.config = config
@@ -74,6 +79,7 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._stop_ids: Counter[int] = Counter()  # how many live sequences end at each id
         self._num_ended = 0
+        self._may_hold_back = holds_back
         self._num_held_steps = 0
         self._num_arrivals = 0
         self._num_admissions = 0
@@ -233,8 +239,10 @@ class Scheduler:
     def _holds_back(self) -> bool:
         """Whether few tokens of prompts wait for others to share a step with, beside many decodes.
 
-        A step with prompts is launched kernel by kernel: beside many decodes that takes the host longer than the card.
+        Only where it was asked for: where a step with prompts costs more than its tokens do.
         """
+        if not self._may_hold_back:
+            return False
         coming = itertools.chain(self._prefilling, itertools.islice(self.waiting, len(self._free_slots)))
         num_tokens = sum(seq.num_tokens - seq.num_computed_tokens for seq in coming)
         are_few = len(self._decoding) >= MANY_DECODES and 0 < num_tokens < MIN_SHARED_TOKENS
