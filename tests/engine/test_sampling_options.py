@@ -26,7 +26,7 @@ class Served:
 
     def __init__(self, directory: Path, device: str, async_depth: int, **overrides: Any) -> None:
         self.reference = make_llama_checkpoint(directory / "checkpoint", seed=11, head_dim=64, hidden=128).to(device)
-        self.device = device
+        self.device, self.async_depth = device, async_depth
         path = convert(directory / "checkpoint", directory / "workspace", "--weight-type", "fp32")
         self.llm = LLM(
             str(path),

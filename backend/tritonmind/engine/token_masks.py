@@ -17,7 +17,8 @@ from tritonmind.sequence import Sequence, SequenceStatus
 if TYPE_CHECKING:
     from llguidance import LLExecutor
 
-MAX_THREADS = 8
+# Masks take some 20 us each: of so many rows others are worth waking for.
+MIN_THREADED_ROWS, MAX_THREADS = 8, 8
 ALL_ALLOWED = -1  # all bits of a word
 
 
@@ -78,12 +79,12 @@ class TokenMasks:
             seq.guide.take(seq.token_ids[seq.num_prompt_tokens + seq.guide.num_taken :])
             if seq.guide.error is None:
                 matchers.append((seq.guide.matcher, number))
-        pitch = words.strides[0]
-        if len(matchers) == 1:
-            [(matcher, number)] = matchers
-            matcher.unsafe_compute_mask_ptr(words[number].ctypes.data, pitch)
-        elif matchers:
-            self._threads().unsafe_compute_mask_ptr(matchers, words.ctypes.data, pitch, len(seqs))
+        address, pitch = words.ctypes.data, words.strides[0]
+        if len(matchers) >= MIN_THREADED_ROWS:
+            self._threads().unsafe_compute_mask_ptr(matchers, address, pitch, len(seqs))
+        else:
+            for matcher, number in matchers:
+                matcher.unsafe_compute_mask_ptr(address + number * pitch, pitch)
         failed = []
         for number, seq in enumerate(seqs):
             assert seq.guide is not None
