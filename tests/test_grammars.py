@@ -194,6 +194,7 @@ def test_what_came_before_is_not_compiled_again(tokenizer: Tokenizer, monkeypatc
     monkeypatch.setattr(compiler, "_compile", lambda guided: compiled.append(guided.spec) or compile_one(guided))
     monkeypatch.setattr(grammars, "MAX_CACHED", 2)
     for spec in ("a", "b", "a", "c", "a", "b"):
+        compiler.guide(GuidedDecoding("regex", spec)).result(30)
         compiler.check(GuidedDecoding("regex", spec))
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="unclosed"):
@@ -207,7 +208,7 @@ def test_what_came_before_is_not_compiled_again(tokenizer: Tokenizer, monkeypatc
 def test_without_the_library_the_extra_is_named(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InvalidRequestError, match=r"response_format=.*pip install tritonmind\[guided\]"):
-        compiler.check(GuidedDecoding("json_object"))
+        compiler.check(GuidedDecoding("regex", "not seen before"))
 
 
 def test_a_model_without_eos_is_refused(tokenizer: Tokenizer) -> None:

@@ -10,14 +10,14 @@ import itertools
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
 
-from tritonmind.errors import InvalidRequestError
+from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.guided import FIELD
 from tritonmind.messages import GuidedDecoding
 from tritonmind.tokenizer import Tokenizer
@@ -25,8 +25,12 @@ from tritonmind.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 EXTRA = "guided"
 MAX_REASON_LENGTH = 300
+NO_TEXT = "no text is like that"
 MAX_CACHED = 32  # compiled grammars, of up to some 40 MB each, mostly far below one
 COMPILE_TIMEOUT_S = 30.0
 # The compiler recurses along the references of a schema: of the longest allowed one it needs more than a usual stack,
@@ -35,6 +39,8 @@ STACK_BYTES = 256 << 20
 # Bounds of what one mask may cost: 50 000 units of the lexer's fuel are about 4 ms. Beyond, the request fails.
 STEP_LEXER_FUEL = 50_000
 STEP_MAX_ITEMS = 20_000
+# Bound of what one answer may take, some 50 MB: an expression that counts needs a few dozen for each token.
+MAX_LEXER_STATES = 100_000
 # Of {n} in an expression: fuel does not bound what a million repetitions of a character cost a step.
 MAX_REPETITIONS = 10_000
 # Text that a grammar leaves no choice about is drawn token by token like any other: to look ahead and tokenise it, as
@@ -61,7 +67,7 @@ def token_table(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
 class Guide:
     """Which tokens one answer may go on with. Belongs to the engine's thread.
 
-    error: why it can say nothing more, a limit of the library's. Then every token is allowed.
+    error: why it can say nothing more, a limit of the library's.
     """
 
     __slots__ = ("error", "matcher", "num_taken")
@@ -75,10 +81,16 @@ class Guide:
         """Advance over the answer's next tokens."""
         self.num_taken += len(token_ids)
         if self.error is None and not self.matcher.consume_tokens(list(token_ids)):
-            self.fail()
+            self._fail()
 
-    def fail(self) -> None:
-        """Take over what the matcher says went wrong."""
+    def write_mask(self, address: int, num_bytes: int) -> None:
+        """Write a bit for each token of the model, 1 if it is allowed. Means nothing once there is an error."""
+        if self.error is None:
+            self.matcher.unsafe_compute_mask_ptr(address, num_bytes)
+            if self.matcher.is_error():
+                self._fail()
+
+    def _fail(self) -> None:
         self.error = f"{FIELD}: the grammar cannot be followed any further: {_reason(self.matcher)}"
 
 
@@ -90,7 +102,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
         self._library: LLTokenizer | None = None
-        self._kept: OrderedDict[GuidedDecoding, LLMatcher | InvalidRequestError] = OrderedDict()
+        self._kept: OrderedDict[GuidedDecoding, LLMatcher | str] = OrderedDict()  # or why there is none
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._starting = threading.Lock()
         self._is_started = False
@@ -101,20 +113,29 @@ class GrammarCompiler:
         self._submit(self._vocabulary)
 
     def check(self, guided: GuidedDecoding) -> None:
-        """Raise InvalidRequestError, saying why, unless answers can be held to `guided`."""
+        """Raise InvalidRequestError, saying why, unless answers can be held to `guided`. At once if that is known."""
+        known = self._kept.get(guided)
+        if isinstance(known, str):
+            raise _refusal(guided, known)
+        if known is not None:
+            return
         future = self.guide(guided)
         try:
             future.result(COMPILE_TIMEOUT_S)
         except FutureTimeoutError:
             future.cancel()
-            raise InvalidRequestError(
-                FIELD, guided.spec, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile, itself or what is before it"
+            raise _refusal(
+                guided, f"takes longer than {COMPILE_TIMEOUT_S:g} s to compile, itself or what is before it"
             ) from None
 
     def guide(self, guided: GuidedDecoding) -> Future[Guide]:
         """A guide for one answer, as soon as it is compiled; its exception is an InvalidRequestError."""
         self._require()
         return self._submit(self._guide, guided)
+
+    def close(self) -> None:
+        """Compile nothing more; what waits is cancelled."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _require(self) -> None:
         try:
@@ -126,16 +147,19 @@ class GrammarCompiler:
         if self._tokenizer.vocabulary.decoding.separator:
             raise InvalidRequestError(FIELD, "", "the tokenizer puts text between tokens, which no grammar sees")
 
-    def _submit(self, function, *arguments):  # type: ignore[no-untyped-def]
-        with self._starting:
-            if self._is_started:
-                return self._worker.submit(function, *arguments)
-            self._is_started = True
-            usual = threading.stack_size(STACK_BYTES)
-            try:
-                return self._worker.submit(function, *arguments)  # starts the thread
-            finally:
-                threading.stack_size(usual)
+    def _submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            with self._starting:
+                if self._is_started:
+                    return self._worker.submit(function, *args, **kwargs)
+                self._is_started = True
+                usual = threading.stack_size(STACK_BYTES)
+                try:
+                    return self._worker.submit(function, *args, **kwargs)  # starts the thread
+                finally:
+                    threading.stack_size(usual)
+        except RuntimeError as error:
+            raise UnavailableError(f"no grammar is compiled any more: {error}") from None
 
     def _guide(self, guided: GuidedDecoding) -> Guide:
         compiled = self._kept.get(guided)
@@ -144,32 +168,31 @@ class GrammarCompiler:
             if len(self._kept) > MAX_CACHED:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(guided)
-        if isinstance(compiled, InvalidRequestError):
-            raise compiled
+        if isinstance(compiled, str):
+            raise _refusal(guided, compiled)
         return Guide(compiled.deep_copy())
 
-    def _compile(self, guided: GuidedDecoding) -> LLMatcher | InvalidRequestError:
-        """With the first mask, which finds what is wrong at once and costs more than later ones."""
+    def _compile(self, guided: GuidedDecoding) -> LLMatcher | str:
+        """The matcher, with the first mask, which costs more than later ones; or why there is none."""
         from llguidance import LLMatcher, LLParserLimits
 
-        shown = guided.spec or guided.kind
         for counts in _REPETITION.findall(guided.spec):
             if any(len(count) > 9 or int(count or 0) > MAX_REPETITIONS for count in counts):
-                return InvalidRequestError(
-                    FIELD,
-                    shown,
-                    f"repeats something more than {MAX_REPETITIONS} times: ask for fewer, or for any number",
-                )
-        limits = LLParserLimits(step_lexer_fuel=STEP_LEXER_FUEL, step_max_items=STEP_MAX_ITEMS, verbose_errors=False)
+                return f"repeats something more than {MAX_REPETITIONS} times: ask for fewer, or for any number"
+        limits = LLParserLimits(
+            step_lexer_fuel=STEP_LEXER_FUEL,
+            step_max_items=STEP_MAX_ITEMS,
+            max_lexer_states=MAX_LEXER_STATES,
+            verbose_errors=False,
+        )
         try:
             matcher = LLMatcher(self._vocabulary(), self._grammar(guided), log_level=0, limits=limits)
-        except ValueError as error:
-            return InvalidRequestError(FIELD, shown, str(error))
-        if not matcher.is_error():
-            allowed = any(matcher.compute_bitmask())
-            if not matcher.is_error():
-                return matcher if allowed else InvalidRequestError(FIELD, shown, "no text is like that")
-        return InvalidRequestError(FIELD, shown, _reason(matcher, names_lines=guided.kind == "grammar"))
+            allowed = not matcher.is_error() and any(matcher.compute_bitmask())
+        except BaseException as error:  # a panic of the library is no Exception
+            return f"the compiler failed: {error!r}"
+        if matcher.is_error():
+            return _reason(matcher, names_lines=guided.kind == "grammar")
+        return matcher if allowed else NO_TEXT
 
     def _grammar(self, guided: GuidedDecoding) -> str:
         from llguidance import LLMatcher, regex_to_lark
@@ -215,11 +238,15 @@ class _LibraryTokenizer:
         return [] if self.library is None else self.library.greedy_tokenize(text.decode())
 
 
+def _refusal(guided: GuidedDecoding, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(FIELD, guided.spec or guided.kind, reason)
+
+
 def _reason(matcher: LLMatcher, *, names_lines: bool = False) -> str:
     """What the library says is wrong, without the listing and the states of its own behind it."""
     text = matcher.get_error().replace("failed to compile JSON schema: ", "")
     if text.startswith("NoExtension"):
-        return "no text is like that"
+        return NO_TEXT
     lines = list(itertools.takewhile(lambda line: not _LISTING.match(line), text.splitlines()))
     text = " ".join(line.strip() for line in lines if line.strip(" ^") and not line.startswith("<"))
     text = _POSITION.sub(lambda found: f"line {int(found[1]) - 1}: " if names_lines else "", text)

@@ -115,14 +115,19 @@ class RequestServer:
                 return live
             if request.session is not None:
                 live.turn = self._sessions.begin(request.session)
+            if request.params.guided is None:
+                self._take_in(live)
+            else:  # no intake thread waits for its compilation
+                self._grammars.guide(request.params.guided).add_done_callback(lambda _: self._take_in(live))
         except TritonmindError as error:
             live.give_up(error)
-            return live
+        return live
+
+    def _take_in(self, live: LiveRequest) -> None:
         try:
             self._intake.submit(self._submit, live)
         except RuntimeError:  # the pool was shut down between the check and now
             live.give_up(UnavailableError("the model is being unloaded"))
-        return live
 
     def refuse(self, responder: Responder, error: TritonmindError) -> None:
         """Answer a request that cannot be accepted."""
@@ -153,6 +158,7 @@ class RequestServer:
         self._stopping.set()
         self._sweeper.join()
         self._metrics_writer.join()
+        self._grammars.close()
         self._intake.shutdown(wait=True, cancel_futures=True)
         self._senders.close()
         log.info("requests accepted: %d, final responses sent: %d", self.num_accepted, self.num_finals)

@@ -115,6 +115,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine."""
+        self._grammars.close()
         self.engine.shutdown()
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:

@@ -5,20 +5,12 @@ Only rows whose answer is guided have a mask and travel to the device; the other
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
 import torch
 
 from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import mask_tokens, mask_words
 from tritonmind.sequence import Sequence, SequenceStatus
 
-if TYPE_CHECKING:
-    from llguidance import LLExecutor
-
-# Masks take some 20 us each: of so many rows others are worth waking for.
-MIN_THREADED_ROWS, MAX_THREADS = 8, 8
 ALL_ALLOWED = -1  # all bits of a word
 
 
@@ -34,7 +26,6 @@ class TokenMasks:
             self._device_words if device.type == "cpu" else torch.zeros(size, dtype=torch.int32, pin_memory=True)
         )
         self._array = self._host_words.numpy()
-        self._executor: LLExecutor | None = None
 
     def apply(self, logits: torch.Tensor, sampling: list[ScheduledSequence]) -> list[Sequence]:
         """Forbid in the step's logits [R, V], in place, what its sampling rows may not draw.
@@ -65,39 +56,21 @@ class TokenMasks:
         self._mask(logits, 1)
 
     def _mask(self, logits: torch.Tensor, num_masks: int) -> None:
-        masks, rows, _ = self._device_words.split_with_sizes(
-            [num_masks * self._num_words, num_masks, len(self._device_words) - num_masks * (self._num_words + 1)]
-        )
-        mask_tokens(logits, rows, masks.view(num_masks, self._num_words))
+        words, begin = self._device_words, num_masks * self._num_words
+        mask_tokens(logits, words[begin : begin + num_masks], words[:begin].view(num_masks, self._num_words))
 
     def _fill(self, seqs: list[Sequence]) -> list[Sequence]:
         """Masks of these sequences, in their order. Returns those that cannot go on, which may draw anything."""
         words = self._array[: len(seqs) * self._num_words].reshape(len(seqs), self._num_words)
-        matchers = []
-        for number, seq in enumerate(seqs):
-            assert seq.guide is not None
-            seq.guide.take(seq.token_ids[seq.num_prompt_tokens + seq.guide.num_taken :])
-            if seq.guide.error is None:
-                matchers.append((seq.guide.matcher, number))
         address, pitch = words.ctypes.data, words.strides[0]
-        if len(matchers) >= MIN_THREADED_ROWS:
-            self._threads().unsafe_compute_mask_ptr(matchers, address, pitch, len(seqs))
-        else:
-            for matcher, number in matchers:
-                matcher.unsafe_compute_mask_ptr(address + number * pitch, pitch)
         failed = []
+        # One by one: the library's threads, woken for some 10 us of work a row, took longer.
         for number, seq in enumerate(seqs):
-            assert seq.guide is not None
-            if seq.guide.error is None and seq.guide.matcher.is_error():
-                seq.guide.fail()
-            if seq.guide.error is not None:
+            guide = seq.guide
+            assert guide is not None
+            guide.take(seq.token_ids[seq.num_prompt_tokens + guide.num_taken :])
+            guide.write_mask(address + number * pitch, pitch)
+            if guide.error is not None:
                 words[number] = ALL_ALLOWED
                 failed.append(seq)
         return failed
-
-    def _threads(self) -> LLExecutor:
-        if self._executor is None:
-            from llguidance import LLExecutor
-
-            self._executor = LLExecutor(min(MAX_THREADS, os.cpu_count() or 1))
-        return self._executor
