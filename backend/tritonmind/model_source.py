@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tritonmind.checkpoints.checkpoint_model import CheckpointModel
+from tritonmind.checkpoints.meta_checkpoint import PARAMS
 from tritonmind.checkpoints.reading import AUTO
 from tritonmind.checkpoints.source import CONFIG
 from tritonmind.config import EngineConfig, ModelConfig
 from tritonmind.errors import ConfigError, WorkspaceError
+from tritonmind.hub import local_model
 from tritonmind.random_model import PREFIX, RandomModel
 from tritonmind.workspace import Workspace
 
@@ -56,19 +58,21 @@ def open_model(
 ) -> ModelSource:
     """The workspace or the checkpoint at `path`, or, for `random:SHAPE`, random weights of that shape.
 
-    dtype: the type that the engine was asked to compute in. A checkpoint's weights are rounded to it and to nothing
-    else; for auto they get the type that `convert` stores. A workspace's are what they are. model_name, chat_template:
-    of a checkpoint, as `convert`'s; a workspace has its own. Raises WorkspaceError, CheckpointError or ConfigError.
+    path: a local one, or a checkpoint's name on the hub, as hub.local_model takes it. dtype: the type that the engine
+    was asked to compute in. A checkpoint's weights are rounded to it and to nothing else; for auto they get the type
+    that `convert` stores. A workspace's are what they are. model_name, chat_template: of a checkpoint, as `convert`'s;
+    a workspace has its own. Raises WorkspaceError, CheckpointError or ConfigError.
     """
     if str(path).startswith(PREFIX):
         return RandomModel(str(path), weight_type=str(dtype))
-    given = Path(path)
+    given, name = local_model(str(path))
+    model_name = model_name or name
     if not given.exists():
         raise WorkspaceError(
-            f"{given} does not exist: give a workspace, the directory of a downloaded checkpoint or a .gguf file "
-            "(models are not downloaded by name)"
+            f"{given} does not exist: give a workspace, a checkpoint's directory, a .gguf file or a name on the "
+            "Hugging Face hub, ORGANISATION/NAME"
         )
-    if given.is_dir() and not (given / CONFIG).is_file():
+    if given.is_dir() and not any((given / file).is_file() for file in (CONFIG, PARAMS)):
         if model_name is not None or chat_template is not None:
             raise ConfigError(
                 f"{given} is a workspace, which has the name and the chat template that `tritonmind convert` gave it: "

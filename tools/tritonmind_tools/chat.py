@@ -182,7 +182,7 @@ def register(subparsers: Any) -> None:
         "path",
         nargs="+",
         metavar="PATH",
-        help="workspace, Hugging Face folder or .gguf file ('turbomind PATH' works too)",
+        help="workspace, Hugging Face folder, .gguf file or ORGANISATION/NAME on the hub ('turbomind PATH' works too)",
     )
     add_engine_arguments(parser)
     console.add_arguments(parser)

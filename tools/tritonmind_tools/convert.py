@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="make a workspace from a checkpoint",
-        description="Make a workspace from a Hugging Face checkpoint (safetensors) or a GGUF file.",
+        description="Make a workspace from a checkpoint: a Hugging Face folder, Meta's files, or a GGUF file.",
     )
     parser.add_argument(
         "model_name",
@@ -43,7 +43,9 @@ def register(subparsers: Any) -> None:
         help="name of the model, kept in config.ini; one that `tritonmind list` prints gives a checkpoint without chat "
         "template that one",
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory or .gguf file")
+    parser.add_argument(
+        "path", metavar="PATH", help="checkpoint directory, .gguf file, or ORGANISATION/NAME on the Hugging Face hub"
+    )
     parser.add_argument(
         "--model-format",
         choices=MODEL_FORMATS,
@@ -83,6 +85,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--triton-batch-dim", action="store_true", help="write max_batch_size 1, for clients that send shapes [1, 1]"
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read weights in PyTorch's pickle files (.bin, Meta's .pth), with its restricted unpickler",
+    )
     parser.add_argument("--force", action="store_true", help="replace the workspace at --dst-path")
     parser.set_defaults(run=run)
 
@@ -92,10 +99,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from tritonmind.hub import local_model
+
+    path = local_model(args.path).path
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"reading {args.path.name}", total=None)
+        task = progress.add_task(f"reading {args.path}", total=None)
 
         def on_progress(done: int, total: int) -> None:
             progress.update(task, description="writing weights", completed=done, total=total)
@@ -103,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         warnings: list[str] = []
         model = convert(
             args.model_name,
-            args.path,
+            path,
             args.dst_path,
             tp=args.tp,
             tokenizer_path=args.tokenizer_path,
@@ -112,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             model_format=args.model_format,
             group_size=args.group_size,
             triton_batch_dim=args.triton_batch_dim,
+            allow_pickle=args.allow_pickle,
             force=args.force,
             on_progress=on_progress,
             on_warning=warnings.append,
@@ -138,6 +149,7 @@ def convert(
     model_format: str = AUTO,
     group_size: int = 0,
     triton_batch_dim: bool = False,
+    allow_pickle: bool = False,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_warning: Callable[[str], None] = lambda text: None,
@@ -160,7 +172,7 @@ def convert(
     if not _MODEL_NAME.fullmatch(model_name):
         raise ConfigError(f"MODEL_NAME={model_name!r} must consist of letters, digits, '.', '_' and '-'")
     check_destination(destination, force)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     with tempfile.TemporaryDirectory(prefix="tritonmind-") as staged:
         tokenizer_dir = Path(staged, "tokenizer")
         tokenizer_dir.mkdir()

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tritonmind.checkpoints.pickles import PATTERNS, PickleFile, refusal
 from tritonmind.checkpoints.quantization import QUANTIZATION_CONFIG, quantization_of
 from tritonmind.checkpoints.source import (
     CONFIG,
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
 
 # AutoGPTQ wrote it beside config.json before that had a place for it.
 _GPTQ_CONFIG = "quantize_config.json"
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth")
+_PICKLE_SINGLE = "pytorch_model.bin"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+_PICKLE_SUFFIXES = tuple(Path(pattern).suffix for pattern in PATTERNS)
 
 
 class HfCheckpoint:
     """A directory with config.json and safetensors files. Tensors stay on the disk until they are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         self.path = path
+        self._allow_pickle = allow_pickle
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path} has no {CONFIG}: it is not the directory of a Hugging Face checkpoint")
         self.config = read_json(path / CONFIG)
@@ -80,33 +84,34 @@ class HfCheckpoint:
 
     def _weight_files(self) -> dict[Path, set[str] | None]:
         """Each weight file with the names that the shard index gives it (None without an index)."""
-        index = self.path / SHARD_INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map")
-            files: dict[Path, set[str] | None] = {}
-            for name, file_name in weight_map.items():
-                if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                    raise CheckpointError(f"{index}: {file_name!r}, the file of {name}, is no plain file name")
-                names = files.setdefault(self.path / file_name, set())
-                assert names is not None
-                names.add(name)
-            for file in files:
-                if not file.is_file():
-                    raise CheckpointError(f"{file} is missing, but {SHARD_INDEX} names it")
-            return files
-        if (self.path / SINGLE_FILE).is_file():
-            return {self.path / SINGLE_FILE: None}
-        if pickles := sorted(file.name for pattern in _PICKLE_PATTERNS for file in self.path.glob(pattern)):
-            raise CheckpointError(
-                f"{self.path} holds its weights only as pickle ({pickles[0]}), which can run code when loaded. If you "
-                "trust the file, convert it to safetensors with Transformers: "
-                'python -c "from transformers import AutoModelForCausalLM, AutoTokenizer as T; '
-                f"AutoModelForCausalLM.from_pretrained('{self.path}', dtype='auto').save_pretrained('NEW_DIR'); "
-                f"T.from_pretrained('{self.path}').save_pretrained('NEW_DIR')\""
-            )
+        pickles = sorted(file.name for pattern in PATTERNS for file in self.path.glob(pattern))
+        for index_name, single in ((SHARD_INDEX, SINGLE_FILE), (_PICKLE_INDEX, _PICKLE_SINGLE)):
+            index = self.path / index_name
+            if not index.is_file() and not (self.path / single).is_file():
+                continue
+            if single == _PICKLE_SINGLE and not self._allow_pickle:
+                raise refusal(self.path, pickles[0] if pickles else index_name)
+            return self._indexed(index) if index.is_file() else {self.path / single: None}
+        if pickles:
+            raise refusal(self.path, pickles[0])
         raise CheckpointError(f"{self.path} has neither {SINGLE_FILE} nor {SHARD_INDEX}")
+
+    def _indexed(self, index: Path) -> dict[Path, set[str] | None]:
+        self._index_name = index.name
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        files: dict[Path, set[str] | None] = {}
+        for name, file_name in weight_map.items():
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                raise CheckpointError(f"{index}: {file_name!r}, the file of {name}, is no plain file name")
+            names = files.setdefault(self.path / file_name, set())
+            assert names is not None
+            names.add(name)
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing, but {index.name} names it")
+        return files
 
     def _scan(self, file: Path, indexed: set[str] | None) -> None:
         from safetensors import SafetensorError
@@ -119,7 +124,7 @@ class HfCheckpoint:
             raise CheckpointError(f"{file} is damaged or truncated: {error}") from None
         if indexed is not None and names != indexed:
             odd = min(names ^ indexed)
-            side = "it is not in the file" if odd in indexed else f"{SHARD_INDEX} does not list it there"
+            side = "it is not in the file" if odd in indexed else f"{self._index_name} does not list it there"
             raise CheckpointError(f"{file}: tensor {odd}: {side}")
         for name in names:
             view = handle.get_slice(name)
@@ -131,5 +136,6 @@ class HfCheckpoint:
 
         if self._open_file is None or self._open_file[0] != file:
             self._open_file = None
-            self._open_file = (file, safe_open(file, framework="pt"))
+            is_pickle = file.suffix in _PICKLE_SUFFIXES
+            self._open_file = (file, PickleFile(file) if is_pickle else safe_open(file, framework="pt"))
         return self._open_file[1]

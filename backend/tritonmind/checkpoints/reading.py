@@ -29,24 +29,27 @@ _AUTO_FLOAT_TYPE: dict[str, FloatType] = {"F16": "fp16", "BF16": "bf16", "F32": 
 _COMPARED_ROWS = 8192
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint at `path`, a directory or a .gguf file. Raises CheckpointError naming what is wrong with it."""
     try:
-        return _open(path)
+        return _open(path, allow_pickle)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(
-            f"{path} does not exist: give the directory of a downloaded checkpoint or a .gguf file "
-            "(models are not downloaded by name)"
+            f"{path} does not exist: give a checkpoint's directory, a .gguf file or a name on the Hugging Face hub, "
+            "ORGANISATION/NAME"
         )
     if path.is_dir():
         from tritonmind.checkpoints.hf_checkpoint import HfCheckpoint
+        from tritonmind.checkpoints.meta_checkpoint import PARAMS, MetaCheckpoint
 
-        return HfCheckpoint(path)
+        if (path / PARAMS).is_file() and not (path / CONFIG).is_file():
+            return MetaCheckpoint(path, allow_pickle=allow_pickle)
+        return HfCheckpoint(path, allow_pickle=allow_pickle)
     if path.suffix.lower() == ".gguf":
         from tritonmind.checkpoints.gguf_checkpoint import GgufCheckpoint
 

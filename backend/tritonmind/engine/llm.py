@@ -12,6 +12,7 @@ from tritonmind.chat_template import Message, load_chat_template
 from tritonmind.engine.launch import start_engine
 from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.grammars import GrammarCompiler
+from tritonmind.hub import local_model
 from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from tritonmind.model_source import open_model
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve, siblings
@@ -78,9 +79,9 @@ class _Answer:
 class LLM:
     """A model ready to generate. Close it, or use it as a context manager: the engine is a process of its own.
 
-    model_path: a workspace, or the Hugging Face directory or GGUF file that one could be made of. model_name,
-    chat_template: of a checkpoint, as `tritonmind convert` takes them. overrides: fields of EngineConfig and of its
-    parts, over the workspace's config.ini. warnings: what the user should know about the model.
+    model_path: a workspace, or the Hugging Face directory, GGUF file or name on the hub that one could be made of.
+    model_name, chat_template: of a checkpoint, as `tritonmind convert` takes them. overrides: fields of EngineConfig
+    and of its parts, over the workspace's config.ini. warnings: what the user should know about the model.
     """
 
     def __init__(
@@ -92,8 +93,12 @@ class LLM:
         chat_template: str | None = None,
         **overrides: object,
     ) -> None:
+        path, name = local_model(model_path)
         source = open_model(
-            model_path, dtype=overrides.get("dtype", "auto"), model_name=model_name, chat_template=chat_template
+            path,
+            dtype=overrides.get("dtype", "auto"),
+            model_name=model_name or name,
+            chat_template=chat_template,
         )
         self.model = source.model
         self.warnings = source.warnings
@@ -103,7 +108,7 @@ class LLM:
         self._grammars = GrammarCompiler(
             self.tokenizer, vocab_size=self.model.vocab_size, eos_token_ids=self.model.eos_token_ids
         )
-        self.engine = start_engine(model_path, dict(overrides), in_process=in_process)
+        self.engine = start_engine(str(path), dict(overrides), in_process=in_process)
 
     def __enter__(self) -> LLM:
         return self

@@ -1,0 +1,100 @@
+"""Checkpoints by their name on the Hugging Face hub, through huggingface_hub.
+
+Its cache, HF_HUB_OFFLINE, HF_ENDPOINT and the token (HF_TOKEN, or the one that `hf auth login` stored) work as with it.
+The network is used for a name that the user gave and for nothing else, and never for pickle files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from tritonmind.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+# What a checkpoint is read from, in the repository's top folder.
+PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "quantize_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_BELOW = "*/*"
+
+
+class LocalModel(NamedTuple):
+    """name: what to call the model, where its path does not say it."""
+
+    path: Path
+    name: str | None = None
+
+
+def local_model(path: str) -> LocalModel:
+    """Where a model is. What is no path here and reads ORGANISATION/NAME or ORGANISATION/NAME@REVISION comes from the
+    hub: its safetensors, configuration and tokenizer.
+
+    Raises CheckpointError for a name that the hub does not have, may not give or cannot be asked for.
+    """
+    match = None if Path(path).exists() else _HUB_NAME.fullmatch(path)
+    if match is None:
+        return LocalModel(Path(path))
+    repository = match["repository"]
+    folder = _download(repository, match["revision"], path)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path}: that repository has no safetensors, and pickle files are not downloaded: take another, or "
+            "download it yourself and run `tritonmind convert --allow-pickle` on its folder"
+        )
+    return LocalModel(folder, repository.rpartition("/")[2])
+
+
+def _download(repository: str, revision: str | None, path: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    remedy = f"If a local path was meant: {path} does not exist here."
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=[_BELOW])
+        )
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{path}: access to that repository must be granted on its page, and HF_TOKEN must be a token of yours"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{path}: the repository {repository} has no revision {revision}") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{path}: the hub has no such repository, or shows it only with a token (HF_TOKEN). {remedy}"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        if _is_offline():
+            raise CheckpointError(
+                f"{path} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub. {remedy}"
+            ) from None
+        raise CheckpointError(
+            f"{path} is not in the cache, and the hub cannot be reached. {remedy} ({error})"
+        ) from None
+    # Each version brings the exceptions of another HTTP library; a full disk is the user's to see as it is.
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        cause = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} cannot be downloaded: {cause[0] if cause else type(error).__name__}. {remedy}"
+        ) from None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
