@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy, RopeScaling, SchedulerConfig
-from tritonmind.config_ini import FIXED, KEYS, SETTINGS, build_engine_config, read_config_ini, render_config_ini
+from tritonmind.config_ini import FACTS, FIXED, KEYS, SETTINGS, build_engine_config, read_config_ini, render_config_ini
 from tritonmind.errors import ConfigError
 from tritonmind.resources import resource
 
@@ -228,3 +229,31 @@ def test_wrong_override_is_named(tmp_path: Path, options: dict[str, Any], proble
     with pytest.raises(ConfigError) as error:
         build_engine_config(*read(path), options, where=path)
     assert problem in str(error.value)
+
+
+def type_of(key: str) -> type:
+    if key in FACTS:
+        return type(FACTS[key](MODEL))
+    if key in SETTINGS:
+        cls, name = SETTINGS[key]
+        return float if typing.get_type_hints(cls)[name] is float else int
+    return float if key == "rope_scaling_factor" else int
+
+
+def test_the_reference_page_lists_every_key_as_it_is() -> None:
+    """docs/config.md: in the file's order, with kind, type and default of the code."""
+    page = (Path(__file__).parent.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    table = page.partition("| key | kind | type | default | effect |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    written = render_config_ini(template(), MODEL, session_len=2048, tensor_parallel_size=1)
+    values = dict(line.split(" = ") for line in written.splitlines() if " = " in line and not line.startswith("#"))
+    assert [row[0].strip("`") for row in rows] == list(values)
+    for key, kind, noun, default, effect in rows:
+        name = key.strip("`")
+        assert kind == ("fact" if name in FACTS else "fixed" if name in FIXED else "setting"), key
+        assert noun == {str: "text", int: "integer", float: "number"}[type_of(name)], key
+        assert effect
+        if default.startswith("`"):
+            assert default.strip("`") == values[name], key
+        else:
+            assert default in ("checkpoint", "MODEL_NAME of `convert`"), key

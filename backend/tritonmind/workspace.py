@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tritonmind.chunk_checks import ChunkChecks
 from tritonmind.config import EngineConfig, ModelConfig, from_dict
 from tritonmind.config_ini import build_engine_config, read_config_ini
 from tritonmind.errors import ConfigError, WorkspaceError
@@ -42,7 +42,6 @@ VERSION = "1"
 CONFIG_INI = "config.ini"
 MODEL_JSON = "model.json"
 
-_VERIFY_THREADS = 8
 _SCALES_AGAIN = "run `tritonmind lite kv_qparams` again"
 
 
@@ -98,27 +97,20 @@ class Workspace:
     def tensors(self, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor) for the common tensors and those of `rank`, as tensor_layout lists them.
 
-        A file's checksums are verified, by threads that run ahead, before its first tensor is yielded. The tensors may
-        be views of the mapped file: read them, do not write. Raises WorkspaceError naming file and tensor.
+        The checksums of what holds a tensor are verified, by threads that run ahead, before it is yielded. The tensors
+        may be views of the mapped file, one file at a time: read them, do not write. Raises WorkspaceError naming file
+        and tensor.
         """
-        by_file: dict[str, list[TensorSpec]] = {}
+        by_file: dict[Path, list[TensorSpec]] = {}
         for name, spec in self._specs([rank]).items():
-            by_file.setdefault(self.index.tensors[name], []).append(spec)
-        chunk_bytes = self.index.chunk_bytes
-        pool = ThreadPoolExecutor(min(_VERIFY_THREADS, os.cpu_count() or 1), "verify")
-        try:
-            checks = {}
-            for file in by_file:
-                path, entry = self.weights_dir / file, self.index.files[file]
-                checks[file] = [
-                    pool.submit(check_chunk, path, entry, chunk_bytes, number) for number in range(len(entry.sha256))
-                ]
-            for file, specs in by_file.items():
-                for check in checks[file]:
-                    check.result()
-                yield from read_tensors(self.weights_dir / file, specs)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            by_file.setdefault(self.weights_dir / self.index.tensors[name], []).append(spec)
+        entries = {path: self.index.files[path.name] for path in by_file}
+        with ChunkChecks(entries, self.index.chunk_bytes) as checks:
+            for path, specs in by_file.items():
+                ends = checks.data_ends(path)
+                for name, tensor in read_tensors(path, specs):
+                    checks.wait(path, ends[name])
+                    yield name, tensor
 
     def kv_scales(self, rank: int) -> torch.Tensor | None:
         """Scales of a calibrated int8 KV cache, [num_layers, 4] fp32: k_scale, k_zero, v_scale, v_zero of each layer.

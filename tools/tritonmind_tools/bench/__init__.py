@@ -10,6 +10,7 @@ from tritonmind_tools.bench import (
     compare,
     kernels,
     lm_eval_tasks,
+    loading,
     memory,
     plot,
     profile,
@@ -31,6 +32,7 @@ def register(commands: Any) -> None:
     accuracy.register(kinds)
     lm_eval_tasks.register(kinds)
     memory.register(kinds)
+    loading.register(kinds)
     kernels.register(kinds)
     profile.register(kinds)
     tune.register(kinds)
