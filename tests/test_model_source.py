@@ -163,7 +163,7 @@ def test_weights_that_fp16_cannot_hold_are_named(checkpoint: Path) -> None:
 
 
 def test_paths_and_options_that_are_wrong(checkpoint: Path, tmp_path: Path) -> None:
-    assert "does not exist: give a workspace, the directory of" in refused(tmp_path / "nowhere", WorkspaceError)
+    assert "does not exist: give a workspace, a checkpoint's directory" in refused(tmp_path / "nowhere", WorkspaceError)
     assert "neither a directory nor a .gguf file" in refused(checkpoint / "config.json", CheckpointError)
     assert "dtype='fp8' is invalid" in refused(checkpoint, ConfigError, dtype="fp8")
     assert "unknown option 'warmth'" in refused(checkpoint, ConfigError, warmth=1)

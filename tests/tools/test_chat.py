@@ -100,7 +100,10 @@ def test_an_engine_that_died_is_started_again(models: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["nowhere"], "nowhere does not exist: give a workspace, the directory of a downloaded checkpoint or a .gguf"),
+        (
+            ["nowhere"],
+            "nowhere does not exist: give a workspace, a checkpoint's directory, a .gguf file or",
+        ),
         (["one", "two"], "one PATH is expected, not 2: one two"),
         (["nowhere", "--temperature", "-1"], "temperature=-1.0 is invalid: must be 0 (the likeliest token) to 1000"),
     ],

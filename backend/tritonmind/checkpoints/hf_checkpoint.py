@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import threading
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 # AutoGPTQ wrote it beside config.json before that had a place for it.
 _GPTQ_CONFIG = "quantize_config.json"
+# The system reads some of it at once: pieces keep it to the file's order.
+_AHEAD_BYTES = 16 << 20
 _PICKLE_SINGLE = "pytorch_model.bin"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SUFFIXES = tuple(Path(pattern).suffix for pattern in PATTERNS)
@@ -46,6 +51,7 @@ class HfCheckpoint:
         generation = path / GENERATION_CONFIG
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._open_file: tuple[Path, Any] | None = None
+        self._asked: set[Path] = set()
         self.tensors: dict[str, SourceTensor] = {}
         for file, indexed in self._weight_files().items():
             self._scan(file, indexed)
@@ -58,6 +64,7 @@ class HfCheckpoint:
         from safetensors import SafetensorError
 
         file = self.tensors[name].file
+        self._ask_ahead(file)
         try:
             view = self._handle(file).get_slice(name)
             tensor: torch.Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
@@ -130,6 +137,12 @@ class HfCheckpoint:
             view = handle.get_slice(name)
             self.tensors[name] = SourceTensor(tuple(view.get_shape()), view.get_dtype(), file)
 
+    def _ask_ahead(self, file: Path) -> None:
+        """Have the whole file read into the page cache: a mapped file is otherwise read a few pages at a time."""
+        if file not in self._asked:
+            self._asked.add(file)
+            threading.Thread(target=_read_ahead, args=(file,), name="read-ahead", daemon=True).start()
+
     def _handle(self, file: Path) -> Any:
         """The open file; only one at a time, so that no more than one shard is ever mapped."""
         from safetensors import safe_open
@@ -139,3 +152,9 @@ class HfCheckpoint:
             is_pickle = file.suffix in _PICKLE_SUFFIXES
             self._open_file = (file, PickleFile(file) if is_pickle else safe_open(file, framework="pt"))
         return self._open_file[1]
+
+
+def _read_ahead(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("rb") as opened:  # who reads it says what is wrong with it
+        for offset in range(0, file.stat().st_size, _AHEAD_BYTES):
+            os.posix_fadvise(opened.fileno(), offset, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
