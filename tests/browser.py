@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from tritonmind_tools.gradio_app.session import Sessions
 
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 120_000
 _FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -144,8 +143,3 @@ def page_of(source: Source, port: int | None = None) -> Iterator[Served]:
         server.should_exit = True
         thread.join(30)
         sessions.close()
-
-
-def screenshot(chat: Chat, path: Path) -> None:
-    """Without a blinking cursor."""
-    chat.page.screenshot(path=path, caret="hide", animations="disabled")
