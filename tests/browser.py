@@ -121,25 +121,19 @@ class Served:
 def page_of(source: Source, port: int | None = None) -> Iterator[Served]:
     """The page of `serve gradio` over a source."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    import uvicorn
+    from tritonmind_tools.gradio_app.serve import PageServer
 
-    from tritonmind_tools.gradio_app.serve import make_app
-    from tritonmind_tools.gradio_app.session import Sessions, Watch
-
-    sessions = Sessions(source)
     port = port or free_port()
-    app = make_app(sessions, Watch(source), num_answers=8)
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = PageServer(source, host="127.0.0.1", port=port, num_answers=8)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.started
     try:
-        yield Served(f"http://127.0.0.1:{port}", sessions)
+        yield Served(f"http://127.0.0.1:{port}", server.sessions)
     finally:
         server.should_exit = True
         thread.join(30)
-        sessions.close()
+        assert not thread.is_alive()

@@ -24,7 +24,7 @@ ENGINE_MODULE = "tritonmind.engine.core_process"
 def make_workspace(directory: Path, *options: str, **checkpoint: Any) -> Path:
     """A workspace whose engine uses one thread, so that the tests leave the machine usable."""
     directory.mkdir(parents=True, exist_ok=True)
-    workspace = tiny_workspace(directory, *options, max_position_embeddings=4096, **checkpoint)
+    workspace = tiny_workspace(directory, *options, **{"max_position_embeddings": 4096, **checkpoint})
     config = workspace / "model_repository" / "tritonmind" / "config.pbtxt"
     text = config.read_text()
     unset = '"num_threads" value: { string_value: "" }'

@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Id 0 does not come of this model, so that an answer is as long as it may be.
-    return make_workspace(tmp_path_factory.mktemp("page"), eos_token_id=0)
+    return make_workspace(tmp_path_factory.mktemp("page"), eos_token_id=0, max_position_embeddings=30_000)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def test_a_conversation_outlives_its_server(browser: Any, workspace: Path, servi
 
 def converse(chat: Chat, server: Lost) -> None:
     chat.page.wait_for_selector(".tm-ready")
-    chat.set(temperature="0", max_tokens="2000")
+    chat.set(temperature="0", max_tokens="25000")
     chat.ask("hello")
     chat.page.wait_for_function("document.querySelector('#tm-chat .bot.message')?.innerText.length > 40")
     first = len(chat.answer)
@@ -119,7 +119,7 @@ def converse(chat: Chat, server: Lost) -> None:
     chat.press("Retry")
     chat.expect(".tm-note", "answer 8 tokens")
     chat.expect(".tm-note", "length")
-    chat.ask("word " * 5000)
+    chat.ask("word " * 8000)
     chat.expect_answer("begin a new chat")
     server.kill()
     chat.ask("is anybody there?")

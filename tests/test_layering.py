@@ -161,7 +161,8 @@ def test_clients_need_their_protocol_only() -> None:
 
 def test_a_page_over_a_server_loads_no_torch() -> None:
     """Gradio itself, which takes seconds to import, is a stand-in here."""
-    web = ["fastapi", "gradio", "starlette", "starlette.datastructures", "starlette.types", "uvicorn"]
+    web = ["fastapi", "gradio", "starlette", "starlette.datastructures", "starlette.routing", "starlette.types"]
+    web += ["uvicorn"]
     code = f"import sys\nfrom unittest.mock import MagicMock\nsys.modules.update((n, MagicMock()) for n in {web})\n"
     code += "import tritonmind_tools.gradio_app.serve, httpx_sse, tritonclient.grpc"
     loaded = loaded_after(code, BACKEND, TOOLS)

@@ -12,7 +12,7 @@ from typing import Any
 from tritonmind.errors import InvalidRequestError
 from tritonmind.sampling_params import SamplingParams
 from tritonmind_tools.console_options import parse_option
-from tritonmind_tools.console_transport import Message, Status, figures, finish_reason
+from tritonmind_tools.console_transport import Message, Status, figures, finish_reason, is_too_long
 from tritonmind_tools.gradio_app.session import Answer
 
 Shown = dict[str, Any]  # a message of Gradio's Chatbot
@@ -112,8 +112,6 @@ def _metadata(message: Shown) -> dict[str, Any]:
 
 
 def _with_remedy(error: Exception) -> str:
-    from tritonmind_tools.console_transport import is_too_long
-
     if is_too_long(error):
         return f"{_sentence(error)} The conversation before it counts: edit a question further up, or begin a new chat."
     if isinstance(error, InvalidRequestError):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
+import signal
+from types import FrameType
+from typing import Any
 
 # Read by Gradio and by huggingface_hub when they are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -13,6 +17,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tritonmind_tools.console_transport import Source
@@ -20,6 +25,7 @@ from tritonmind_tools.gradio_app import look
 from tritonmind_tools.gradio_app.page import Page
 from tritonmind_tools.gradio_app.session import Sessions, Watch
 
+_STOP_TIMEOUT_S = 3
 # Whatever an answer says, the visitor's browser asks nobody else for anything: no pictures, no scripts, no fonts.
 _HEADERS = {
     "Content-Security-Policy": (
@@ -47,48 +53,48 @@ class _WithHeaders:
         await self._app(scope, receive, send_more)
 
 
-def make_app(sessions: Sessions, watch: Watch, *, num_answers: int) -> FastAPI:
-    """The page as an application, at /."""
-    app = FastAPI(openapi_url=None)
-
-    app.add_middleware(_WithHeaders)
-    page = Page(sessions, watch, num_answers=num_answers)
-    return gr.mount_gradio_app(
-        app,
-        page.blocks,
-        path="/",
-        theme=look.theme(),
-        css=look.CSS,
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-    )
-
-
 def serve(source: Source, *, host: str, port: int, num_answers: int, share: bool) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    sessions = Sessions(source)
-    app = make_app(sessions, Watch(source), num_answers=num_answers)
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
-    try:
-        _Server(config, share=share).run()
-    finally:
-        sessions.close()
+    """Serve until SIGINT or SIGTERM, which raise KeyboardInterrupt when all connections have ended."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # uvicorn raises the signal that stopped it again.
+    signal.signal(signal.SIGTERM, interrupt)
+    PageServer(source, host=host, port=port, num_answers=num_answers, share=share).run()
 
 
-class _Server(uvicorn.Server):
-    """Says where the page is once it can be opened."""
+class PageServer(uvicorn.Server):
+    """The page of a source. It says where it is once it can be opened, and stops although pages are open."""
 
-    def __init__(self, config: uvicorn.Config, *, share: bool) -> None:
-        super().__init__(config)
+    def __init__(self, source: Source, *, host: str, port: int, num_answers: int, share: bool = False) -> None:
+        """num_answers: how many may run at once, over all visitors. share: whether to open a public address."""
+        self.sessions = Sessions(source)
         self._share = share
+        page = Page(self.sessions, Watch(source), num_answers=num_answers)
+        app = FastAPI(openapi_url=None)
+        app.add_middleware(_WithHeaders)
+        gr.mount_gradio_app(
+            app,
+            page.blocks,
+            path="/",
+            theme=look.theme(),
+            css=look.CSS,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+        )
+        (self._gradio,) = (route.app for route in app.routes if isinstance(route, Mount))
+        super().__init__(
+            uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_STOP_TIMEOUT_S)
+        )
 
-    async def startup(self, *args: object, **options: object) -> None:
-        await super().startup(*args, **options)  # type: ignore[arg-type]
+    async def startup(self, *args: Any, **options: Any) -> None:
+        await super().startup(*args, **options)
         if not self.started:
             return
         host, port = self.config.host, self.config.port
@@ -97,13 +103,23 @@ class _Server(uvicorn.Server):
         else:
             print(f"Ready at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         if self._share:
-            from gradio.networking import setup_tunnel
+            print(f"Shared with whoever knows it: {_tunnel(port)}", flush=True)
 
-            url = setup_tunnel(
-                local_host="127.0.0.1",
-                local_port=port,
-                share_token=secrets.token_urlsafe(32),
-                share_server_address=None,
-                share_server_tls_certificate=None,
-            )
-            print(f"Shared with everybody who knows it: {url}", flush=True)
+    async def shutdown(self, *args: Any, **options: Any) -> None:
+        # Each open page holds a connection by which Gradio would notice its end, and one for a running answer.
+        self._gradio.stop_event.set()  # type: ignore[attr-defined]
+        await asyncio.to_thread(self.sessions.close)
+        await super().shutdown(*args, **options)
+
+
+def _tunnel(port: int) -> str:
+    """A public address for a local port, through Gradio's servers; it ends with this process."""
+    from gradio.networking import setup_tunnel
+
+    return setup_tunnel(
+        local_host="127.0.0.1",
+        local_port=port,
+        share_token=secrets.token_urlsafe(32),
+        share_server_address=None,
+        share_server_tls_certificate=None,
+    )
