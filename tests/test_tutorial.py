@@ -116,7 +116,7 @@ def test_the_document_has_the_commands() -> None:
 
 
 def test_local_chat(home: Path) -> None:
-    talk(home, CHAT, r"loading \./workspace \.\.\.\n.* on \w+ in float32, \d+ tokens of context")
+    talk(home, CHAT, r"internlm-chat-7b on \w+ in float32, 4096 tokens of context")
 
 
 def test_api_server_its_client_and_its_page(home: Path) -> None:
@@ -140,20 +140,14 @@ def test_api_server_its_client_and_its_page(home: Path) -> None:
 
 def test_the_appendix(home: Path) -> None:
     need_server()
-    if shutil.which("docker"):
+    if shutil.which("docker") and shutil.which("nvidia-smi"):
         pytest.skip("the script would take Docker's container, which has another image")
     port = PORTS[33337]
     with serving(home, TRITON, rf"Ready after [\d.]+ s[^\n]*\n.*serve triton_client .*:{port}"):
         talk(home, TRITON_CLIENT, rf"connecting to localhost:{port} \.\.\.\nthe server at localhost:{port}\. An empty")
 
 
-def test_what_cannot_be_named(home: Path) -> None:
-    for name, problem in (
-        ("./nowhere", "nowhere does not exist"),
-        (f"localhost:{free_port()}", "no server answers at localhost:"),
-        (f"http://localhost:{free_port()}", "no API server answers at http://localhost:"),
-        ("http://", "url 'http://' has no host"),
-    ):
-        words, env = shell(home, f"tritonmind serve gradio {name} --server_port {free_port()}")
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert done.returncode == 1 and problem in done.stderr and "Traceback" not in done.stderr
+def test_a_model_that_is_not_there(home: Path) -> None:
+    words, env = shell(home, f"tritonmind serve gradio ./nowhere --server_port {free_port()}")
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1 and "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr
