@@ -50,12 +50,13 @@ class Driver:
         block_size: int = BLOCK,
         with_inputs: bool = False,
         holds_back: bool = False,
+        rope_limits: tuple[int, ...] = (),
     ) -> None:
         config = SchedulerConfig(max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(config, self.manager, holds_back=holds_back)
+        self.scheduler = Scheduler(config, self.manager, holds_back=holds_back, rope_limits=rope_limits)
         self.executor: FakeExecutor | InputsExecutor = (
-            InputsExecutor(num_blocks, block_size, config)
+            InputsExecutor(num_blocks, block_size, config, rope_limits)
             if with_inputs
             else FakeExecutor(num_blocks, block_size, max_num_seqs)
         )

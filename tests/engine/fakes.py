@@ -6,6 +6,7 @@ wrongly or not computed changes the answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,14 +87,18 @@ class InputsExecutor:
     prompts each second one does.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, limits: SchedulerConfig) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, limits: SchedulerConfig, rope_limits: Sequence[int] = ()
+    ) -> None:
         config = SimpleNamespace(
             scheduler=limits, cache=SimpleNamespace(block_size=block_size), model=SimpleNamespace(vocab_size=VOCAB_SIZE)
         )
         self.block_size = block_size
         self.cache = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.rotations = np.full(num_blocks * block_size, -1, dtype=np.int64)  # rows of the rotary table, alike
         self.max_tokens_in_a_step = 0
-        self._builder = InputBuilder(cast(EngineConfig, config), torch.device("cpu"))
+        self._rope_limits = rope_limits
+        self._builder = InputBuilder(cast(EngineConfig, config), torch.device("cpu"), rope_limits=rope_limits)
         self._buckets = batch_buckets(limits.max_num_seqs)
         self._token_buckets = token_buckets(limits.max_num_batched_tokens)
         self._addresses: dict[tuple[bool, int], list[int]] = {}
@@ -132,25 +137,35 @@ class InputsExecutor:
         attention = inputs.attention
         token_ids, slots = inputs.token_ids.numpy(), attention.slot_mapping.numpy()
         self.cache[slots[slots >= 0]] = token_ids[slots >= 0]
+        self.rotations[slots[slots >= 0]] = inputs.positions.numpy()[slots >= 0]
         answers: dict[int, int] = {}
         for row in range(attention.num_decodes):
             length = int(attention.decode_context_lens[row])
             if length:
-                assert inputs.positions[row] == length - 1
+                assert inputs.positions[row] == length - 1 + self._offset(length)
                 answers[row] = self._read(attention.decode_block_tables[row], length)
         for number, (start, end) in enumerate(pairwise(attention.prefill_cu_seqlens_q.tolist())):
             if start == end:
                 continue
             length = int(attention.prefill_context_lens[number])
-            assert inputs.positions[start:end].tolist() == list(range(length - (end - start), length))
+            offset = int(inputs.positions[start]) - (length - (end - start))
+            assert inputs.positions[start:end].tolist() == list(range(length - (end - start) + offset, length + offset))
             answers[end - 1] = self._read(attention.prefill_block_tables[number], length)
         return answers
+
+    def _offset(self, length: int) -> int:
+        """Of the rotary table's rows for a sequence of this length."""
+        return sum(limit for limit in self._rope_limits if limit < length)
 
     def _read(self, block_table: torch.Tensor, length: int) -> int:
         positions = np.arange(length)
         slots = block_table.numpy()[positions // self.block_size] * self.block_size + positions % self.block_size
         context = self.cache[slots].tolist()
         assert -1 not in context, "attention would read K and V that were never written"
+        offsets = set((self.rotations[slots] - positions).tolist())
+        assert len(offsets) == 1, "attention would see keys that were rotated in different ways"
+        # In the midst of a prompt they are those of its whole length.
+        assert offsets.pop() >= self._offset(length)
         return next_token(context)
 
     def _check_replay(self, bucket: int, inputs: ModelInputs, num_rows: int) -> None:

@@ -183,9 +183,16 @@ def test_abort_of_waiting_running_and_unknown_requests(depth: int) -> None:
     budget=st.integers(4, 16),
     caching=st.booleans(),
     with_inputs=st.booleans(),
+    rope_limits=st.sampled_from([(), (9,), (12, 24)]),
 )
-def test_random_traffic(seed: int, depth: int, num_blocks: int, budget: int, caching: bool, with_inputs: bool) -> None:
-    """with_inputs: through the tensors of the steps, those of decodes as a graph would read them."""
+def test_random_traffic(
+    seed: int, depth: int, num_blocks: int, budget: int, caching: bool, with_inputs: bool, rope_limits: tuple[int, ...]
+) -> None:
+    """with_inputs: through the tensors of the steps, those of decodes as a graph would read them.
+
+    rope_limits: lengths beyond which a sequence is computed again, in none of whose blocks others of another length may
+    share.
+    """
     draw = random.Random(seed)
     driver = Driver(
         num_blocks=num_blocks,
@@ -194,6 +201,7 @@ def test_random_traffic(seed: int, depth: int, num_blocks: int, budget: int, cac
         budget=max(6, budget),
         caching=caching,
         with_inputs=with_inputs,
+        rope_limits=rope_limits,
     )
     requests: dict[int, EngineRequest] = {}
     aborted = set()
