@@ -7,6 +7,7 @@ tokens before it. Where rotary frequencies depend on the length there is a pass 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.models.test_llama import prompt_logits
 from tests.tools.lite_cases import run_calibrate
 from tests.workspaces import convert
 from tritonmind.checkpoints.checkpoint_model import CheckpointModel
+from tritonmind.checkpoints.reading import open_checkpoint, read_weights
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.kernels.awq_format import AwqWeight, dequantize, quantize
@@ -30,8 +32,19 @@ from tritonmind_tools.cli import main
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "cache_max_entry_count": 100, "cache_block_seq_len": 16, "max_num_seqs": 4}
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-# One of each packing, of each place for biases, of what is normalised and of what is windowed.
-PACKINGS = ("qwen3-biases-tied-yarn", "mistral-window", "internlm", "internlm2-biases-dynamic", "qwen", "baichuan2")
+# One of each architecture.
+ONE_OF_EACH = (
+    "llama-biases-tied",
+    "mistral-window",
+    "qwen2-tied-yarn",
+    "qwen3-biases-tied-yarn",
+    "internlm",
+    "internlm2-biases-dynamic",
+    "internlm3",
+    "qwen",
+    "baichuan",
+    "baichuan2",
+)
 
 
 def draw(length: int) -> list[int]:
@@ -71,15 +84,41 @@ def test_equals_the_reference(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(prompt_logits(runner, prompt), logits(prompt), rtol=1e-4, atol=1e-4)
     # Those that begin alike share blocks, if their lengths have the same frequencies.
     long = draw(190)
-    prompts = [long[:1], long[:40], long[:TRAINED], long[: TRAINED + 1], long[:100], long]
+    prompts = [long[:1], long[:TRAINED], long[: TRAINED + 1], long[:100], long]
     with LLM(str(path), in_process=True, **options) as llm:
-        for _ in range(2):
-            answers = llm.generate(prompts, GREEDY)
-            for prompt, answer in zip(prompts, answers, strict=True):
-                assert len(answer.token_ids) == 64
-                assert_greedy(logits, case, prompt, answer.token_ids)
-        assert answers[-1].num_cached_tokens == 176
+        answers = llm.generate(prompts, GREEDY)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert len(answer.token_ids) == 64
+            assert_greedy(logits, case, prompt, answer.token_ids)
+        again = llm.generate([long], GREEDY)[0]
+        assert again.num_cached_tokens == 176 and again.token_ids == answers[-1].token_ids
         llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_two_ranks_hold_the_weights(name: str, tmp_path: Path) -> None:
+    """Each half of the heads and of the feed-forward's channels, whatever the checkpoint packs."""
+    make(name, tmp_path / "checkpoint")
+    whole = CheckpointModel(tmp_path / "checkpoint", weight_type="fp32")
+    dense, model = dict(whole.tensors(0)), whole.model
+    split = {
+        target: torch.cat(blocks)
+        for target, blocks in read_weights(open_checkpoint(tmp_path / "checkpoint"), model, tp=2)
+    }
+    q_width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    for i, rank in itertools.product(range(model.num_layers), range(2)):
+        for kind in ("weight", "bias")[: 1 + model.qkv_bias]:
+            parts = dense[f"layers.{i}.attention.w_qkv.0.{kind}"].split((q_width, kv_width, kv_width))
+            expected = torch.cat([part.chunk(2)[rank] for part in parts])
+            assert torch.equal(split[f"layers.{i}.attention.w_qkv.{rank}.{kind}"], expected)
+        for target, dim in (
+            ("attention.wo", 1),
+            ("feed_forward.w1", 0),
+            ("feed_forward.w3", 0),
+            ("feed_forward.w2", 1),
+        ):
+            expected = dense[f"layers.{i}.{target}.0.weight"].chunk(2, dim)[rank]
+            assert torch.equal(split[f"layers.{i}.{target}.{rank}.weight"], expected)
 
 
 PASSKEY = ("The grass is green. The sky is blue. ", "The pass key is 71432. Remember it. ", "What is the pass key?")
@@ -101,7 +140,7 @@ def test_passkey_at_four_times_the_trained_length(name: str, tmp_path: Path) -> 
     assert_greedy(logits, case, prompt, answer.token_ids)
 
 
-@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_4_bits(name: str, tmp_path: Path) -> None:
     """Rounded while loading, quantised by `lite auto_awq`, and computed with: all by the weights in fp32."""
     make(name, tmp_path / "checkpoint")
@@ -129,7 +168,7 @@ def test_4_bits(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_calibrated(name: str, tmp_path: Path) -> None:
     """`lite calibrate` and the search of AWQ: what comes out is the model, about as well as rounding has it."""
     logits = make(name, tmp_path / "checkpoint")
