@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 Config = Mapping[str, Any]
+Refuse = Callable[[str], NoReturn]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +60,20 @@ class Family:
     qk_norm: bool = False
     normalised_head: Callable[[int], bool] = lambda vocab_size: False
     windowed: bool = False
-    adapt: Callable[[Config, Callable[[str], None]], Config] | None = None
+    adapt: Callable[[Config, Refuse], Config] | None = None
 
 
-def _internlm(config: Config, refuse: Callable[[str], None]) -> Config:
+def _internlm(config: Config, refuse: Refuse) -> Config:
     """Its key `rotary` has the base and the kind; without it, positions are dynamic NTK with a factor of 1."""
     rotary = config.get("rotary") or {"base": 10000, "type": "dynamic"}
-    kind = rotary.get("type")
+    kind = rotary.get("type") if isinstance(rotary, dict) else rotary
     if kind not in ("origin", "dynamic"):
         refuse(f"rotary of type {kind!r}")
     scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if kind == "dynamic" else None
     return {**config, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
 
 
-def _qwen(config: Config, refuse: Callable[[str], None]) -> Config:
+def _qwen(config: Config, refuse: Refuse) -> Config:
     """Its dynamic NTK multiplies the base by 2^(k + 1) - 1 for lengths up to 2^k times the trained one: a factor of 2.
 
     `intermediate_size` counts gate and up together. The trained length, which logn attention goes by too, is
@@ -85,7 +86,6 @@ def _qwen(config: Config, refuse: Callable[[str], None]) -> Config:
     inter = config.get("intermediate_size")
     if not isinstance(inter, int) or inter % 2:
         refuse(f"intermediate_size={inter!r}, which must be an even number: gate and up together")
-        return config
     scaling = {"rope_type": "dynamic", "factor": 2.0} if config.get("use_dynamic_ntk", True) else None
     length = config.get("seq_length") or config.get("max_position_embeddings")
     return {
@@ -97,7 +97,7 @@ def _qwen(config: Config, refuse: Callable[[str], None]) -> Config:
     }
 
 
-def _baichuan(config: Config, refuse: Callable[[str], None]) -> Config:
+def _baichuan(config: Config, refuse: Refuse) -> Config:
     """The 13B models, whose configurations have no max_position_embeddings, have ALiBi instead of rotary positions."""
     if "max_position_embeddings" not in config or config.get("hidden_size") == BAICHUAN_13B_WIDTH:
         refuse("ALiBi positions (Baichuan 13B)")
