@@ -65,17 +65,9 @@ class Int4Linear(Product):
         """See Product.row_variants."""
         return w4_variants("w4_linear", self.out_features, self.in_features, self.group_size, max_rows, self.device)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        partial_sums: bool = False,
-        add_to: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
+    def _on_gpu(
+        self, x: torch.Tensor, partial_sums: bool, add_to: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """See Product.forward."""
-        if self._transposed is not None:
-            return self._on_cpu(x, add_to, out)
         assert self.packed is not None
         return w4_linear(
             x, self.packed, self.bias, partial_sums=partial_sums, add_to=add_to, scratch=self.scratch, out=out

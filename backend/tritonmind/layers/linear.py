@@ -42,7 +42,6 @@ class Product(nn.Module):
     def row_variants(self, max_rows: int) -> list[int]:
         """For each kernel that up to `max_rows` rows use on a GPU, a number of rows that uses it."""
 
-    @abstractmethod
     def forward(
         self,
         x: torch.Tensor,
@@ -56,14 +55,19 @@ class Product(nn.Module):
         partial_sums: the result may also be fp32 [num_parts, num_tokens, out_features], for the next kernel to add up.
         add_to: what the next kernel would add the result to; it may be added in place here, and add_to returned.
         """
-
-    def _on_cpu(self, x: torch.Tensor, add_to: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        assert self._transposed is not None
+        if self._transposed is None:
+            return self._on_gpu(x, partial_sums, add_to, out)
         if self.bias is None and add_to is not None:
             return add_to.addmm_(x, self._transposed)
         if self.bias is None:
             return torch.mm(x, self._transposed, out=out)
         return torch.addmm(self.bias, x, self._transposed, out=out)
+
+    @abstractmethod
+    def _on_gpu(
+        self, x: torch.Tensor, partial_sums: bool, add_to: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See forward."""
 
 
 class Linear(Product):
@@ -103,17 +107,9 @@ class Linear(Product):
         assert self.weight is not None
         return product_variants("linear", self.out_features, self.in_features, max_rows, self.weight.device)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        partial_sums: bool = False,
-        add_to: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
+    def _on_gpu(
+        self, x: torch.Tensor, partial_sums: bool, add_to: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """See Product.forward."""
-        if self._transposed is not None:
-            return self._on_cpu(x, add_to, out)
         assert self.weight is not None
         return linear(x, self.weight, self.bias, partial_sums=partial_sums, add_to=add_to, out=out)
 
@@ -135,17 +131,11 @@ class Int8Linear(Linear):
         sizes = (self.out_features, self.in_features, max_rows, self.weight.device)
         return product_variants("int8_linear", *sizes) + super().row_variants(max_rows)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        partial_sums: bool = False,
-        add_to: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
+    def _on_gpu(
+        self, x: torch.Tensor, partial_sums: bool, add_to: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """See Product.forward."""
         if self.int8 is None or int8_tile(self.int8, len(x), x.device).is_whole:
-            return super().forward(x, partial_sums=partial_sums, add_to=add_to, out=out)
+            return super()._on_gpu(x, partial_sums, add_to, out)
         return int8_linear(x, self.int8, out=out)
 
 
