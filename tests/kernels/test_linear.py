@@ -87,14 +87,8 @@ def test_many_rows(size: tuple[int, int, int], gpu_target: Target) -> None:
         pytest.skip("for 2-byte types on Hopper")
     x, weight = make(size, gpu_target)
     out = torch.full((size[0], size[1]), float("nan"), dtype=gpu_target.dtype, device=gpu_target.device)
-    assert linear(x, weight, tile=MANY_ROWS, partial_sums=True).dtype == gpu_target.dtype
-    assert linear(x, weight, tile=MANY_ROWS, out=out) is out
-    assert_close(out, reference.linear(x.float(), weight.float()), gpu_target.dtype)
-    bias = gpu_target.randn(size[1])
-    expected = reference.linear(x.float(), weight.float(), bias.float())
-    assert_close(linear(x, weight, bias, tile=MANY_ROWS), expected, gpu_target.dtype)
     weight = torch.cat((weight, weight.flip(0)))
-    gated = gate_up(x, weight, tile=MANY_ROWS, out=out.fill_(float("nan")))
+    gated = gate_up(x, weight, tile=MANY_ROWS, out=out)
     assert_close(gated, reference.gate_up(x.float(), weight.float()), gpu_target.dtype)
 
 

@@ -1,9 +1,9 @@
-"""The kernel behind linear.py for many rows on Hopper, in Gluon: one warp fetches tiles, two warp groups multiply.
+"""The kernel behind linear.gate_up for many rows on Hopper, in Gluon: one warp fetches tiles, two warp groups multiply.
 
-A tile is 128 rows by 256 rows of the weight, which come as two blocks of 128 and lie below each other in shared memory,
-so that one instruction multiplies a warp group's 64 rows by all of them. Of a gated product the blocks are of the gate
-and of the up half: both of a feature end in registers of one thread, and only what they make leaves the
-multiprocessor. The library's way would write both to memory and read them again.
+A tile is 128 rows by 256 rows of the weight, 128 of the gate and 128 of the up half, which lie below each other in
+shared memory, so that one instruction multiplies a warp group's 64 rows by all of them. Both of a feature end in
+registers of one thread, and only what they make leaves the multiprocessor. The library's way would write both to
+memory and read them again.
 
 Programs stay, one to an SM. While the tile of one turn is stored, those of the next are on their way. At many rows the
 card's power is the limit, and so what a product moves: the tiles are as large as registers allow, and programs work
@@ -12,8 +12,6 @@ side by side on a band of rows, whose rows and weights stay in the L2 cache mean
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of a jit function: only constexpr may stand there.
-
-import functools
 
 import torch
 import triton
@@ -30,19 +28,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonmind.kernels import pdl, tuning
+from tritonmind.kernels.gluon_hopper import (
+    FETCH_REGISTERS,
+    GROUP_REGISTERS,
+    GROUP_WARPS,
+    barrier,
+    fetch_tile,
+    store,
+    tile_sizes,
+)
 
-GROUP_WARPS = 4
 GROUP_ROWS = gl.constexpr(64)
 BLOCK_N, BLOCK_K, NUM_SLOTS = 128, 64, 4
 BAND_TILES = gl.constexpr(16)  # of rows
-# Registers of a thread: the multiplying ones hold 128 sums each, the fetching ones leave them theirs.
-MULTIPLY_REGISTERS = gl.constexpr(240)
-FETCH_REGISTERS = gl.constexpr(24)
-
-# Their names in Triton up to 3.6, and after.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -57,8 +55,7 @@ def _tile_of(index, num_row_tiles, num_feature_tiles):
 @gluon.jit
 def _fetch(
     x_desc, weight_desc, tiles, num_row_tiles, num_feature_tiles,
-    FEATURES: gl.constexpr, SECOND: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    NUM_SLOTS: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, NUM_SLOTS: gl.constexpr,
 ):  # fmt: skip
     x_tiles, weight_tiles, full, free, _ = tiles
     tile_bytes: gl.constexpr = (2 * GROUP_ROWS + 2 * BLOCK_N) * BLOCK_K * x_desc.dtype.primitive_bitwidth // 8
@@ -66,35 +63,23 @@ def _fetch(
     for index in range(gl.program_id(0), num_row_tiles * num_feature_tiles, gl.num_programs(0)):
         row_tile, feature_tile = _tile_of(index, num_row_tiles, num_feature_tiles)
         row = row_tile * 2 * GROUP_ROWS
-        feature = feature_tile * FEATURES
+        feature = feature_tile * BLOCK_N
         for k in range(0, K, BLOCK_K):
             slot = count % NUM_SLOTS
             mbarrier.wait(free.index(slot), ((count // NUM_SLOTS) & 1) ^ 1)
             mbarrier.expect(full.index(slot), tile_bytes)
             weights = weight_tiles.index(slot)
-            _fetch_tile(x_desc, [row, k], full.index(slot), x_tiles.index(2 * slot))
-            _fetch_tile(x_desc, [row + GROUP_ROWS, k], full.index(slot), x_tiles.index(2 * slot + 1))
-            _fetch_tile(weight_desc, [feature, k], full.index(slot), weights.slice(0, BLOCK_N))
-            _fetch_tile(weight_desc, [feature + SECOND, k], full.index(slot), weights.slice(BLOCK_N, BLOCK_N))
+            fetch_tile(x_desc, [row, k], full.index(slot), x_tiles.index(2 * slot))
+            fetch_tile(x_desc, [row + GROUP_ROWS, k], full.index(slot), x_tiles.index(2 * slot + 1))
+            fetch_tile(weight_desc, [feature, k], full.index(slot), weights.slice(0, BLOCK_N))
+            fetch_tile(weight_desc, [feature + N, k], full.index(slot), weights.slice(BLOCK_N, BLOCK_N))
             count += 1
-
-
-@gluon.jit
-def _store(out_desc, out_tile, values, row, feature):
-    # What was stored from this memory before must have left it.
-    tma.store_wait(0)
-    _barrier()
-    out_tile.store(values.to(out_desc.dtype))
-    fence_async_shared()
-    _barrier()
-    _store_tile(out_desc, [row, feature], out_tile)
 
 
 @gluon.jit
 def _multiply(
     half: gl.constexpr, out_desc, tiles, num_row_tiles, num_feature_tiles,
-    FEATURES: gl.constexpr, GATED: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    NUM_SLOTS: gl.constexpr,
+    K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, NUM_SLOTS: gl.constexpr,
 ):  # fmt: skip
     x_tiles, weight_tiles, full, free, out_tiles = tiles
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 2 * BLOCK_N, 16])
@@ -116,26 +101,20 @@ def _multiply(
             count += 1
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(free.index((count - 1) % NUM_SLOTS), count=1)
-        first, second = gl.split(sums.reshape([GROUP_ROWS, 2, BLOCK_N]).permute((0, 2, 1)))
-        row = (2 * row_tile + half) * GROUP_ROWS
-        feature = feature_tile * FEATURES
-        if GATED:
-            _store(out_desc, out_tile, first / (1.0 + gl.exp(-first)) * second, row, feature)
-        else:
-            _store(out_desc, out_tile, first, row, feature)
-            _store(out_desc, out_tile, second, row, feature + BLOCK_N)
+        gate, up = gl.split(sums.reshape([GROUP_ROWS, 2, BLOCK_N]).permute((0, 2, 1)))
+        gated = gate / (1.0 + gl.exp(-gate)) * up
+        store(out_desc, out_tile, gated, (2 * row_tile + half) * GROUP_ROWS, feature_tile * BLOCK_N)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_row_tiles"])
 def _many_rows_kernel(
     x_desc,  # [num_rows, K], in tiles of [GROUP_ROWS, BLOCK_K]
-    weight_desc,  # [N, K], or GATED [2 * N, K], rows [gate | up]; in tiles of [BLOCK_N, BLOCK_K]
+    weight_desc,  # [2 * N, K], rows [gate | up], in tiles of [BLOCK_N, BLOCK_K]
     out_desc,  # [num_rows, N], in tiles of [GROUP_ROWS, BLOCK_N]
     num_row_tiles,
     N: gl.constexpr,
     K: gl.constexpr,
-    GATED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     NUM_SLOTS: gl.constexpr,
@@ -152,61 +131,42 @@ def _many_rows_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(free.index(slot), count=2)  # both groups let a slot go
     fence_async_shared()
-    _barrier()
+    barrier()
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # Of a tile: output features, and how far the second block of the weight's rows is behind the first.
-    features: gl.constexpr = BLOCK_N if GATED else 2 * BLOCK_N
-    second: gl.constexpr = N if GATED else BLOCK_N
-    num_feature_tiles: gl.constexpr = (N + features - 1) // features
+    num_feature_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles = (x_tiles, weight_tiles, full, free, out_tiles)
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
             (_multiply, (upper, out_desc, tiles, num_row_tiles, num_feature_tiles,
-                         features, GATED, K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
+                         K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
             (_multiply, (lower, out_desc, tiles, num_row_tiles, num_feature_tiles,
-                         features, GATED, K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
+                         K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
             (_fetch, (x_desc, weight_desc, tiles, num_row_tiles, num_feature_tiles,
-                      features, second, K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
+                      N, K, BLOCK_N, BLOCK_K, NUM_SLOTS)),
         ],
         [4, 1],
-        [MULTIPLY_REGISTERS, FETCH_REGISTERS],
+        [GROUP_REGISTERS, FETCH_REGISTERS],
     )  # fmt: skip
 
 
-@functools.cache
-def _tiles(rows: int, columns: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Size of the tiles that a tensor is moved in, and their layout in shared memory."""
-    size = [rows, columns]
-    return size, gl.NVMMASharedLayout.get_default_for(size, gl.float16 if dtype == torch.float16 else gl.bfloat16)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Launch on checked 2-byte arguments whose rows begin at multiples of 16 bytes, on Hopper; see linear.linear."""
-    return _launch(x, weight, out, gated=False)
-
-
 def gate_up(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As `linear`; see linear.gate_up."""
-    return _launch(x, weight, out, gated=True)
-
-
-def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    """Launch on checked 2-byte arguments whose rows begin at multiples of 16 bytes, on Hopper; see linear.gate_up."""
     num_rows, n = out.shape
     if not num_rows:
         return out
-    x_desc = TensorDescriptor.from_tensor(x, *_tiles(GROUP_ROWS.value, BLOCK_K, x.dtype))
-    weight_desc = TensorDescriptor.from_tensor(weight, *_tiles(BLOCK_N, BLOCK_K, x.dtype))
-    out_desc = TensorDescriptor.from_tensor(out, *_tiles(GROUP_ROWS.value, BLOCK_N, x.dtype))
+    x_desc = TensorDescriptor.from_tensor(x, *tile_sizes(GROUP_ROWS.value, BLOCK_K, x.dtype))
+    weight_desc = TensorDescriptor.from_tensor(weight, *tile_sizes(BLOCK_N, BLOCK_K, x.dtype))
+    out_desc = TensorDescriptor.from_tensor(out, *tile_sizes(GROUP_ROWS.value, BLOCK_N, x.dtype))
     num_row_tiles = triton.cdiv(num_rows, 2 * GROUP_ROWS.value)
-    num_tiles = num_row_tiles * triton.cdiv(n, BLOCK_N if gated else 2 * BLOCK_N)
+    num_tiles = num_row_tiles * triton.cdiv(n, BLOCK_N)
     use_pdl = pdl.use_pdl(x.device)
     _many_rows_kernel[(min(tuning.card(x.device).num_sms, num_tiles),)](
         x_desc, weight_desc, out_desc, num_row_tiles,
-        N=n, K=x.shape[1], GATED=gated, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, NUM_SLOTS=NUM_SLOTS, PDL=use_pdl,
+        N=n, K=x.shape[1], BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, NUM_SLOTS=NUM_SLOTS, PDL=use_pdl,
         num_warps=GROUP_WARPS, launch_pdl=use_pdl,
     )  # fmt: skip
     return out

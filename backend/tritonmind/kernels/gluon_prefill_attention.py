@@ -20,23 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonmind.kernels import pdl, tuning
+from tritonmind.kernels.gluon_hopper import FETCH_REGISTERS, GROUP_REGISTERS, GROUP_WARPS, barrier, fetch_tile
 from tritonmind.kernels.tile_table import LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N
-
-GROUP_WARPS = 4
-# Registers of a thread: the attending ones need many, the fetching ones leave them theirs.
-ATTEND_REGISTERS = gl.constexpr(240)
-FETCH_REGISTERS = gl.constexpr(24)
-
-# Their names in Triton up to 3.6, and after.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-_fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -106,10 +97,10 @@ def _fetch(
                 phase = (count // NUM_SLOTS) & 1
                 mbarrier.wait(k_free.index(slot), phase ^ 1)
                 mbarrier.expect(k_full.index(slot), tile_bytes)
-                _fetch_tile(k_desc, [row, 0], k_full.index(slot), k_tiles.index(slot))
+                fetch_tile(k_desc, [row, 0], k_full.index(slot), k_tiles.index(slot))
                 mbarrier.wait(v_free.index(slot), phase ^ 1)
                 mbarrier.expect(v_full.index(slot), tile_bytes)
-                _fetch_tile(v_desc, [row, 0], v_full.index(slot), v_tiles.index(slot))
+                fetch_tile(v_desc, [row, 0], v_full.index(slot), v_tiles.index(slot))
                 count += 1
 
 
@@ -173,7 +164,7 @@ def _attend_block(
     mbarrier.wait(k_full.index(slot), phase)
     scores = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    _barrier()
+    barrier()
     mbarrier.arrive(k_free.index(slot), count=1)
     weights, row_max, row_sum, shrink = _weights(
         scores, row_max, row_sum, num_tiles - 1, num_full, visible, qk_scale, BLOCK_N, S
@@ -196,14 +187,14 @@ def _attend_block(
         # Waiting for the next V here, a loop, keeps ptxas from moving the exponentials behind the end of the product.
         mbarrier.wait(v_full.index(slot), phase)
         acc, p, next_p = warpgroup_mma_wait(0, deps=[acc_token, p, next_p])
-        _barrier()
+        barrier()
         mbarrier.arrive(k_free.index(slot), count=1)
         mbarrier.arrive(v_free.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         p = next_p
     acc = warpgroup_mma(p, v_tiles.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    _barrier()
+    barrier()
     mbarrier.arrive(v_free.index(slot), count=1)
     row_sum = gl.where(row_sum > 0, row_sum, 1.0)
     acc = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, O))[:, None]
@@ -241,7 +232,7 @@ def _clear_unused(v_tile, num_used, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexp
         values = v_tile.load(layout)
         v_tile.store(gl.where(used[:, None], values, 0.0).to(values.dtype))
         fence_async_shared()
-        _barrier()
+        barrier()
 
 
 @gluon.jit(
@@ -287,7 +278,7 @@ def _long_prefill_kernel(
         mbarrier.init(k_free.index(slot), count=2)
         mbarrier.init(v_free.index(slot), count=2)
     fence_async_shared()
-    _barrier()
+    barrier()
     tiles = (k_tiles, v_tiles, k_full, v_full, k_free, v_free)
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
@@ -302,7 +293,7 @@ def _long_prefill_kernel(
                       NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, NUM_SLOTS)),
         ],
         [4, 1],
-        [ATTEND_REGISTERS, FETCH_REGISTERS],
+        [GROUP_REGISTERS, FETCH_REGISTERS],
     )  # fmt: skip
 
 

@@ -54,12 +54,8 @@ def linear(
         check_tensor("add_to", add_to, (num_rows, n), x.dtype, x.device)
         if tile.library and bias is None and num_rows >= MIN_ADDED_ROWS:
             return add_to.addmm_(x, weight.t())
-    if tile.library or (tile.many_rows and bias is not None):
+    if tile.library:
         return _library(x, weight, bias, out)
-    if tile.many_rows:
-        from tritonmind.kernels import gluon_linear
-
-        return gluon_linear.linear(x, weight, x.new_empty((num_rows, n)) if out is None else out)
     from tritonmind.kernels import triton_linear
 
     if not partial_sums:
