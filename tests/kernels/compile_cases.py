@@ -11,6 +11,7 @@ import torch
 from tritonmind.kernels import (
     SamplingState,
     gluon_linear,
+    gluon_w4_linear,
     mask_words,
     triton_activation,
     triton_decode_attention,
@@ -159,7 +160,6 @@ def _gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -
 
 def _many_rows(dtype: torch.dtype) -> None:
     x, weight = torch.empty(MAX_ROWS, HIDDEN, dtype=dtype), torch.empty(HIDDEN, HIDDEN, dtype=dtype)
-    gluon_linear.linear(x, weight, torch.empty(MAX_ROWS, HIDDEN, dtype=dtype))
     gluon_linear.gate_up(x, weight, torch.empty(MAX_ROWS, HIDDEN // 2, dtype=dtype))
 
 
@@ -176,6 +176,13 @@ def _w4_linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile)
     weight, x = _packed(n, sizes, dtype, gated=False), torch.empty(rows, sizes["k"], dtype=dtype)
     whole = torch.empty(rows, n, dtype=dtype)
     parts = torch.empty(tile.splits, rows, n) if tile.splits > 1 else whole
+    if tile.warp_groups:
+        gluon_w4_linear.multiply(x, weight, None, parts, tile)
+        if tile.splits == 1:
+            gluon_w4_linear.multiply(x, weight, None, whole, tile, add=True)
+        if dtype == torch.bfloat16:
+            gluon_w4_linear.multiply(x, weight, torch.empty(n, dtype=dtype), parts, tile)
+        return
     triton_w4_linear.linear(x, weight, None, parts, tile)
     triton_w4_linear.dequantize(weight, torch.empty(n, sizes["k"], dtype=dtype))
     if dtype == torch.bfloat16 and tile.block_m <= 16:
@@ -185,6 +192,9 @@ def _w4_linear(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile)
 def _w4_gate_up(sizes: dict[str, int], dtype: torch.dtype, rows: int, tile: Tile) -> None:
     n = sizes["n"]
     weight, x = _packed(2 * n, sizes, dtype, gated=True), torch.empty(rows, sizes["k"], dtype=dtype)
+    if tile.warp_groups:
+        gluon_w4_linear.multiply(x, weight, None, torch.empty(rows, n, dtype=dtype), tile)
+        return
     triton_w4_linear.gate_up(x, weight, torch.empty(rows, n, dtype=dtype), tile)
     triton_w4_linear.dequantize(weight, torch.empty(2 * n, sizes["k"], dtype=dtype))
 

@@ -30,7 +30,7 @@ MAX_SECONDS = 900
 MAX_SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 MAX_REGISTERS = 64 << 10  # of all threads of a program
 # What only Hopper has the instructions for.
-HOPPER_KERNELS = {"_long_prefill_kernel", "_many_rows_kernel"}
+HOPPER_KERNELS = {"_long_prefill_kernel", "_many_rows_kernel", "_w4_many_rows_kernel"}
 # Kernels whose time goes into loops that must keep reading while they multiply.
 PRODUCT_KERNELS = {
     "_decode_kernel",
@@ -42,6 +42,7 @@ PRODUCT_KERNELS = {
     "_many_rows_kernel",
     "_w4_linear_kernel",
     "_w4_gate_up_kernel",
+    "_w4_many_rows_kernel",
     "_int8_linear_kernel",
 }
 # Bytes that a thread may put aside outside of loops, once, which costs nothing that could be measured.
@@ -138,7 +139,8 @@ def product_complaints(report: Report) -> list[str]:
         if not has(opcodes, "LDGSTS") and not report["bulk_loads"]:
             found.append("a loop whose reads do not go to shared memory ahead of their use")
         # Of 4-bit weights' scales, in tiles that are bound by arithmetic.
-        many_rows = report["kernel"].startswith("_w4_") and report["constants"]["BLOCK_M"] >= 128
+        in_groups = report["kernel"] == "_w4_many_rows_kernel"
+        many_rows = in_groups or (report["kernel"].startswith("_w4_") and report["constants"]["BLOCK_M"] >= 128)
         if has(opcodes, "LDG") and not many_rows:
             found.append(f"a loop that waits for its reads: {[name for name in opcodes if name.startswith('LDG.')]}")
         # The weight is unpacked in registers, and multiplied with from there.
@@ -147,9 +149,15 @@ def product_complaints(report: Report) -> list[str]:
         if report["kernel"] == "_decode_int8_kernel" and (not has(opcodes, "PRMT") or has(opcodes, "I2F", "I2FP")):
             found.append("a loop that turns bytes into numbers one by one, not two by two with PRMT")
         is_prefill = report["kernel"].endswith("prefill_kernel")
-        is_wide = report["kernel"] == "_many_rows_kernel" or (is_prefill and report["constants"]["BLOCK_M"] >= 64)
+        is_wide = report["kernel"].endswith("_many_rows_kernel") or (
+            is_prefill and report["constants"]["BLOCK_M"] >= 64
+        )
         if report["capability"] == [9, 0] and is_wide and not has(opcodes, "HGMMA"):
             found.append("a loop without the products of a group of warps (HGMMA)")
+        if in_groups and 2 * opcodes["WARPGROUP.DEPBAR.LE"] > sum(
+            count for opcode, count in opcodes.items() if opcode.startswith("HGMMA")
+        ):
+            found.append("a loop that unpacks nothing while it multiplies: each product is waited for")
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tritonmind.kernels import tuning
 from tritonmind.kernels.tile_candidates import SEARCHES, candidates
-from tritonmind.kernels.tile_table import KERNELS, LIBRARY, UNLIMITED, Card, Tile, fields_of
+from tritonmind.kernels.tile_table import KERNELS, LIBRARY, UNLIMITED, Card, Tile
 
 DEVICE = torch.device("cpu")
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -190,7 +190,7 @@ def test_a_tile_that_returns_is_listed_once(tmp_path: Path, monkeypatch: pytest.
 def test_rules_give_what_a_file_could_say(kernel: str, card: Card) -> None:
     spec, entries = KERNELS[kernel], []
     for step in spec.default(card, SIZES[kernel]):
-        settings = {name: getattr(step.tile, name) for name in fields_of(kernel, step.tile)}
+        settings = {name: getattr(step.tile, name) for name in spec.fields_of(step.tile)}
         entries.append({**SIZES[kernel], "max_rows": step.max_rows, **settings})
     (steps,) = tuning.parse({"card": "c", "triton": "t", "kernels": {kernel: entries}}, "c")[kernel].values()
     assert steps == spec.default(card, SIZES[kernel]) and steps[-1].max_rows == UNLIMITED
@@ -215,6 +215,29 @@ def test_slices_of_a_4_bit_weight(change: dict[str, int], complaint: str) -> Non
         tuning.parse({**content, "kernels": {"w4_linear": [{**entry, **change}]}}, "c")
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"warp_groups": 4}, "warp_groups=4 must be 2 or 3"),
+        ({"block_n": 32}, "block_n=32 must be 64 or 128"),
+        ({"num_stages": 3}, "num_stages=3 must be 2 or 4"),
+        ({"prefetch": 2}, "'prefetch' is none of"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["w4_linear", "w4_gate_up"])
+def test_warp_groups_of_a_4_bit_weight(kernel: str, change: dict[str, int], complaint: str) -> None:
+    tile = Tile(block_m=128, block_n=64, warp_groups=3, num_stages=4)
+    entry = {
+        **SIZES[kernel],
+        "max_rows": 256,
+        **{name: getattr(tile, name) for name in KERNELS[kernel].fields_of(tile)},
+    }
+    content = {"card": "c", "triton": "t", "kernels": {kernel: [entry]}}
+    assert tuning.parse(content, "c")[kernel][tuple(SIZES[kernel].values())][0].tile == tile
+    with pytest.raises(ValueError, match=rf"{kernel}\[0\]: {complaint}"):
+        tuning.parse({**content, "kernels": {kernel: [{**entry, **change}]}}, "c")
+
+
 @pytest.mark.parametrize("n", [4096, 4100, 4096 * 64])
 def test_the_library_multiplies_what_fills_the_card_or_fits_no_tile(n: int) -> None:
     assert linear(1, n=n).library == (n != 4096)
@@ -227,6 +250,24 @@ def test_many_gated_rows_are_for_hopper() -> None:
         assert default(card, {"n": 4096, "k": 4096})[-1].tile.many_rows == (card.capability[0] == 9)
         # Rows that do not begin at multiples of 16 bytes.
         assert default(card, {"n": 4100, "k": 4096})[-1].tile.library
+
+
+def test_warp_groups_are_for_hopper_and_fill_it() -> None:
+    def found(card: Card, rows: int, kernel: str = "w4_linear", **sizes: int) -> Tile:
+        steps = KERNELS[kernel].default(card, {"n": 4096, "k": 4096, "group_size": 128, **sizes})
+        return next(step.tile for step in steps if rows <= step.max_rows)
+
+    for card in CARDS:
+        is_hopper = card.capability[0] == 9
+        for kernel in ("w4_linear", "w4_gate_up"):
+            assert bool(found(card, 256, kernel).warp_groups) == is_hopper
+            assert not found(card, 64, kernel).warp_groups
+            # Rows that do not begin at multiples of 16 bytes.
+            assert not found(card, 256, kernel, n=4100).warp_groups
+    hopper = Card("an H100", (9, 0), 132)
+    few, many = found(hopper, 256), found(hopper, 512)
+    assert (few.warp_groups, few.splits) == (many.warp_groups, 2 * many.splits) == (2, 2)
+    assert found(hopper, 256, n=12288).warp_groups == 3
 
 
 def test_forced_tiles_hold_for_a_while() -> None:

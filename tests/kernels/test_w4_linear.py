@@ -13,6 +13,7 @@ from tests.tolerances import assert_close
 from tritonmind.kernels import reference, w4_gate_up, w4_linear
 from tritonmind.kernels.awq_format import dequantize
 from tritonmind.kernels.dispatch import force_triton
+from tritonmind.kernels.linear import MIN_ADDED_ROWS
 from tritonmind.kernels.tile_table import LIBRARY, Tile
 from tritonmind.kernels.w4_layout import pack, packed_bytes, unpack
 
@@ -39,6 +40,14 @@ TILES = (
     Tile(128, 128, splits=2, prefetch=2, num_warps=8, num_stages=3),
     LIBRARY,
 )
+# As CASES, for warp groups on Hopper: each way to store, all group sizes, more tiles than the card has multiprocessors.
+GROUP_CASES = [
+    ((333, 1000, 1536, 128), Tile(128, 64, warp_groups=2, splits=3, num_stages=4)),
+    ((4100, 1544, 576, 64), Tile(128, 64, warp_groups=3, num_stages=4)),
+    ((700, 4096, 992, 32), Tile(128, 128, warp_groups=2, num_stages=4)),
+    ((257, 2056, 256, 128), Tile(256, 64, warp_groups=2, num_stages=2)),
+    ((1, 104, 320, 64), Tile(64, 64, warp_groups=3, splits=2, num_stages=4)),
+]
 
 
 def only_16_bits(target: Target) -> None:
@@ -115,7 +124,28 @@ def test_large(tile: Tile, n: int, k: int, group_size: int, gpu_target: Target) 
         check_gate_up(rows, gated, tile._replace(block_n=max(tile.block_n // 2, 16)), gpu_target)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300])
+@pytest.mark.parametrize(("size", "tile"), GROUP_CASES, ids=str)
+def test_warp_groups(size: tuple[int, int, int, int], tile: Tile, gpu_target: Target) -> None:
+    """Rows and features beyond whole tiles, a last part of K, what stands in memory added to."""
+    only_16_bits(gpu_target)
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    rows, n, k, _ = size
+    weight, gated = (random_weight(*size[1:], gpu_target, gated=gated) for gated in (False, True))
+    check_linear(rows, weight, tile, gpu_target)
+    check_gate_up(rows, gated, tile, gpu_target)
+    x, add_to = gpu_target.randn(rows, k), gpu_target.randn(rows, n)
+    one, other = (w4_linear(x, weight.packed, tile=tile, partial_sums=True) for _ in range(2))
+    assert torch.equal(one, other)
+    expected = reference.linear(x.float(), weight.dense)
+    is_added = rows >= MIN_ADDED_ROWS
+    expected += add_to.float() * is_added
+    y = w4_linear(x, weight.packed, tile=tile, add_to=add_to)
+    assert (y is add_to) == is_added
+    assert_close(y, expected, gpu_target.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 600])
 def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
     """The card's own tiles, and the rules' where it has none; with a scratch, larger than it must be."""
     only_16_bits(gpu_target)

@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tritonmind.kernels.tile_table import W4_BLOCK_K, Card, Sizes, Tile
+from tritonmind.kernels import w4_layout
+from tritonmind.kernels.tile_table import GROUP_VALUES, Card, Sizes, Tile, takes_many_rows
 
 # Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -22,6 +23,9 @@ WARP_SIZE = 32
 INT8_BLOCK_K = 64  # of int8_layout.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
+MIN_GROUP_ROWS = 65  # that gluon_w4_linear.py is tried for
+MAX_SUMS = 128 * 128  # of one of its two warp groups; three have the registers for half as many
+GROUP_STORED = 64  # features that a group stores at a time
 
 # Values that go together, one after the other.
 Axis = tuple[Mapping[str, Any], ...]
@@ -73,11 +77,18 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
 
 
 def _fits_w4(kernel: str, card: Card, sizes: Sizes, tile: Tile, limit: int) -> bool:
+    if tile.warp_groups:
+        columns, row_bytes = tile.warp_groups * tile.block_n, ITEMSIZE * w4_layout.BLOCK_K
+        shared = tile.num_stages * (tile.block_m * row_bytes + columns * w4_layout.BLOCK_K // 2)
+        shared += tile.warp_groups * tile.block_m * GROUP_STORED * ITEMSIZE
+        sums = tile.block_m * tile.block_n
+        fits = shared <= limit and sums <= (MAX_SUMS if tile.warp_groups == 2 else MAX_SUMS // 2)
+        return fits and takes_many_rows(card, sizes)
     lines = tile.block_n * tile.slices * (2 if kernel == "w4_gate_up" else 1)
-    num_blocks = -(-sizes["k"] // W4_BLOCK_K)
+    num_blocks = -(-sizes["k"] // w4_layout.BLOCK_K)
     num_warps = -(-sizes["n"] // tile.block_n) * tile.splits * tile.num_warps
-    params = 4 * W4_BLOCK_K // sizes["group_size"]
-    shared = tile.num_stages * (lines * (W4_BLOCK_K // 2 + params) + ITEMSIZE * tile.block_m * W4_BLOCK_K)
+    params = 4 * w4_layout.BLOCK_K // sizes["group_size"]
+    shared = tile.num_stages * (lines * (w4_layout.BLOCK_K // 2 + params) + ITEMSIZE * tile.block_m * w4_layout.BLOCK_K)
     # Of what has fewer than 4 bytes a thread the compiler makes reads that the loop waits for; where rows are many it
     # has other things to wait for.
     threads = WARP_SIZE * tile.num_warps
@@ -126,6 +137,17 @@ def _w4_start(rows: int) -> Tile:
     return Tile(block_m=_block_m(rows), block_n=64, prefetch=2, num_warps=2, num_stages=4 if rows <= 16 else 3)
 
 
+def _w4_waves(rows: int, gated: bool) -> tuple[Wave, ...]:
+    splits = () if gated else (_axis("splits", 1, 2, 4, 8, 11),)
+    waves = (_w4_lines(rows, gated), *splits), _W4_DEPTH
+    return waves if rows < MIN_GROUP_ROWS else (*waves, (_W4_GROUPS, *splits))
+
+
+# Settings that tiles of warp groups have none of are the defaults.
+_W4_GROUPS: Axis = tuple(
+    {**Tile()._asdict(), "block_m": rows, "block_n": columns, "warp_groups": groups, "num_stages": stages}
+    for rows, columns, groups, stages in itertools.product(*GROUP_VALUES.values())
+)
 _W4_DEPTH: Wave = (_axis("num_stages", 2, 3, 4, 6), _axis("prefetch", 0, 2, 8))
 
 
@@ -154,10 +176,8 @@ SEARCHES = {
         lambda rows: Tile(block_m=_block_m(rows), block_n=128, prefetch=2, num_warps=4, num_stages=5),
         lambda rows: ((_INT8_COLUMNS, _axis("num_stages", 3, 4, 5, 6)), (_axis("prefetch", 0, 2, 4, 8),)),
     ),
-    "w4_linear": Search(
-        _W4_ROWS, _w4_start, lambda rows: ((_w4_lines(rows, False), _axis("splits", 1, 2, 4, 8, 11)), _W4_DEPTH)
-    ),
-    "w4_gate_up": Search(_W4_ROWS, _w4_start, lambda rows: ((_w4_lines(rows, True),), _W4_DEPTH)),
+    "w4_linear": Search(_W4_ROWS, _w4_start, lambda rows: _w4_waves(rows, False)),
+    "w4_gate_up": Search(_W4_ROWS, _w4_start, lambda rows: _w4_waves(rows, True)),
     "decode_attention": Search(
         ((8, 8), (64, 64), (256, 256)),
         lambda rows: Tile(block_n=64, programs_per_sm=2, num_warps=2, num_stages=4),

@@ -9,18 +9,26 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from tritonmind.kernels import w4_layout
+
 UNLIMITED = 1 << 62
 FEW_SEQS = 4
 MIN_ROWS = 16  # of the smallest tile that the tensor cores take
 # From this capability on the tensor cores read their operands from shared memory, which leaves registers free.
 WARP_GROUP_PRODUCTS = (9, 0)
-W4_BLOCK_N, W4_BLOCK_K = 32, 128  # of w4_layout.py
 # Of gluon_prefill_attention.py, which keeps one program on an SM: short runs would leave it idle between their blocks.
 LONG_RUN_BLOCK_M, LONG_RUN_BLOCK_N = 128, 64
 MIN_LONG_RUN = 1536
 # Rows up to which the library serves gate and up: gluon_linear.py's large tiles leave much of the card idle below 400
 # rows, gain a few percent up to here, and take the host longer to launch, which counts where decodes wait.
 GATE_UP_LIBRARY_ROWS = 1024
+# Of gluon_w4_linear.py, by warp groups and a weight's rows for each: microseconds that an H100 took for GROUP_ROWS rows
+# and a block of K at 128 to 512, beside those that a turn takes to begin and to store, and for an element of a further
+# partial sum. In steps from MIN_GROUP_ROWS rows on; up to MAX_GROUP_ROWS the tile that leaves least of a card idle.
+GROUP_TIMES = {(2, 64): 0.75, (3, 64): 1.03, (2, 128): 1.55}
+GROUP_TURN_TIME, PART_TIME = 3.0, 3.2e-6
+GROUP_SPLITS = 2
+GROUP_ROWS, MIN_GROUP_ROWS, MAX_GROUP_ROWS = 128, 128, 512
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
@@ -39,8 +47,10 @@ class Tile(NamedTuple):
     block_m: rows (tokens, queries) of a program. block_n: output columns, or KV tokens, at a time. block_k: of the
     reduced dimension at a time. splits: programs that share a reduction. slices: of a reduction that a program computes
     beside each other, for block_m / slices rows. prefetch: tiles of the weight that are fetched before the kernel
-    before has ended. library: the library's product instead; of 4-bit weights, what 16-bit ones get, after writing them
-    out. many_rows: gluon_linear.py's, which has tiles of its own.
+    before has ended. warp_groups: of a program of gluon_w4_linear.py, which is meant if there are any; then block_n
+    counts the weight's rows for one of them, and num_stages tiles that are fetched ahead. library: the
+    library's product instead; of 4-bit weights, what 16-bit ones get, after writing them out. many_rows:
+    gluon_linear.py's, which has tiles of its own.
     """
 
     block_m: int = 0
@@ -52,6 +62,7 @@ class Tile(NamedTuple):
     programs_per_sm: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    warp_groups: int = 0
     library: bool = False
     many_rows: bool = False
 
@@ -73,21 +84,30 @@ Ladder = tuple[Step, ...]  # max_rows rising
 
 LIBRARY = Tile(library=True)
 MANY_ROWS = Tile(many_rows=True)
+# Of what gluon_w4_linear.py has warp groups for: rows of a weight are multiplied 64 at a time.
+GROUP_VALUES = {"block_m": (64, 128, 256), "block_n": (64, 128), "warp_groups": (2, 3), "num_stages": (2, 4)}
 # How a file names those.
 WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 
 
 class Kernel(NamedTuple):
-    """sizes: must match exactly. fields: of Tile, that a file must give. has_whole: one of WHOLE may stand for them.
+    """sizes: must match exactly. fields: of Tile, that a file must give. whole: which of WHOLE may stand for them.
 
     default: a ladder that compiles on every card and ends at UNLIMITED. minima: of fields, over those of tuning.py.
+    group_fields: instead of fields, of a tile with warp groups.
     """
 
     sizes: tuple[str, ...]
     fields: tuple[str, ...]
-    has_whole: bool
+    whole: tuple[str, ...]
     default: Callable[[Card, Sizes], Ladder]
     minima: Mapping[str, int] = MappingProxyType({})
+    group_fields: tuple[str, ...] = ()
+
+    def fields_of(self, tile: Tile) -> tuple[str, ...]:
+        """The fields of `tile` that a file gives."""
+        whole = tuple(name for name in self.whole if WHOLE[name] == tile)
+        return whole or (self.group_fields if tile.warp_groups else self.fields)
 
 
 def _linear(card: Card, sizes: Sizes) -> Ladder:
@@ -123,14 +143,42 @@ def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
     for max_rows, tile in _w4_steps(card):
         wanted = 4 * card.num_sms // -(-sizes["n"] // tile.block_n)
         # Partial sums grow with the rows, and their addition with them.
-        most = max(1, min(wanted, -(-sizes["k"] // W4_BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
+        most = max(1, min(wanted, -(-sizes["k"] // w4_layout.BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
         steps.append(Step(max_rows, tile._replace(splits=1 << most.bit_length() - 1)))
+    if takes_many_rows(card, sizes):
+        return _in_groups(steps, card, sizes, sizes["n"], GROUP_SPLITS)
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
 def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
     """SiLU needs whole sums. A program has as many rows of gate as of up."""
     steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps(card)]
+    if takes_many_rows(card, sizes):
+        return _in_groups(steps, card, sizes, 2 * sizes["n"], 1)
+    return (*steps, Step(UNLIMITED, LIBRARY))
+
+
+def _in_groups(few: list[Step], card: Card, sizes: Sizes, weight_rows: int, max_splits: int) -> Ladder:
+    """Steps for few rows, and those of gluon_w4_linear.py for more: the tile that leaves the least of a card idle."""
+    steps = [step for step in few if step.max_rows < MIN_GROUP_ROWS]
+    blocks_of_k = -(-sizes["k"] // w4_layout.BLOCK_K)
+
+    def microseconds(tile: Tile, rows: int) -> float:
+        row_tiles, columns = -(-rows // tile.block_m), -(-weight_rows // (tile.warp_groups * tile.block_n))
+        turns = -(-row_tiles * columns * tile.splits // card.num_sms)
+        one = blocks_of_k / tile.splits * GROUP_TIMES[tile.warp_groups, tile.block_n] + GROUP_TURN_TIME
+        return turns * one + (tile.splits - 1) * rows * weight_rows * PART_TIME
+
+    for rows in range(GROUP_ROWS, MAX_GROUP_ROWS + 1, GROUP_ROWS):
+        tiles = [
+            Tile(block_m=GROUP_ROWS, block_n=columns, warp_groups=groups, splits=splits, num_stages=4)
+            for groups, columns in GROUP_TIMES
+            for splits in (range(1, max_splits + 1) if columns == 64 else (1,))
+        ]
+        best = min(tiles, key=lambda tile: microseconds(tile, rows))
+        if steps[-1].tile == best:
+            steps.pop()
+        steps.append(Step(rows, best))
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
@@ -142,7 +190,7 @@ def _int8_linear(card: Card, sizes: Sizes) -> Ladder:
 
 def _w4_steps(card: Card) -> list[Step]:
     """A line of the tile for each thread: of fewer the compiler makes reads that the loop waits for."""
-    fewest = Tile(block_m=8, block_n=W4_BLOCK_N, slices=4, prefetch=4, num_warps=4, num_stages=4)
+    fewest = Tile(block_m=8, block_n=w4_layout.BLOCK_ROWS, slices=4, prefetch=4, num_warps=4, num_stages=4)
     few = Tile(block_m=16, block_n=64, slices=2, prefetch=4, num_warps=4, num_stages=4)
     many = Tile(block_n=128, prefetch=2, num_warps=4, num_stages=3)
     steps = [Step(tile.block_m // tile.slices, tile) for tile in (fewest, few)]
@@ -202,23 +250,21 @@ _ATTENTION_SIZES = ("head_dim", "group", "block_size", "itemsize")
 _PRODUCT_FIELDS = ("block_m", "block_n", "block_k", "prefetch", "num_warps", "num_stages")
 _W4_SIZES = ("n", "k", "group_size")
 _W4_FIELDS = ("block_m", "block_n", "slices", "prefetch", "num_warps", "num_stages")
+_W4_GROUP_FIELDS = ("block_m", "block_n", "warp_groups", "num_stages")
+_INT8_FIELDS = tuple(name for name in _W4_FIELDS if name != "slices")
+_W4_MINIMA = {"block_n": w4_layout.BLOCK_ROWS}
 KERNELS = {
-    "linear": Kernel(("n", "k"), (*_PRODUCT_FIELDS, "splits"), True, _linear),
-    "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, True, _gate_up),
-    "w4_linear": Kernel(_W4_SIZES, (*_W4_FIELDS, "splits"), True, _w4_linear, {"block_n": W4_BLOCK_N}),
-    "w4_gate_up": Kernel(_W4_SIZES, _W4_FIELDS, True, _w4_gate_up),
-    "int8_linear": Kernel(
-        ("n", "k"), tuple(name for name in _W4_FIELDS if name != "slices"), True, _int8_linear, {"block_n": W4_BLOCK_N}
+    "linear": Kernel(("n", "k"), (*_PRODUCT_FIELDS, "splits"), ("library",), _linear),
+    "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, ("library", "many_rows"), _gate_up),
+    "w4_linear": Kernel(
+        _W4_SIZES, (*_W4_FIELDS, "splits"), ("library",), _w4_linear, _W4_MINIMA, (*_W4_GROUP_FIELDS, "splits")
     ),
+    "w4_gate_up": Kernel(_W4_SIZES, _W4_FIELDS, ("library",), _w4_gate_up, group_fields=_W4_GROUP_FIELDS),
+    "int8_linear": Kernel(("n", "k"), _INT8_FIELDS, ("library",), _int8_linear, _W4_MINIMA),
     "decode_attention": Kernel(
-        _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), False, _decode_attention
+        _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), (), _decode_attention
     ),
     "prefill_attention": Kernel(
-        _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), False, _prefill_attention
+        _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), (), _prefill_attention
     ),
 }
-
-
-def fields_of(kernel: str, tile: Tile) -> tuple[str, ...]:
-    """The fields of `tile` that a file gives for `kernel`."""
-    return tuple(name for name, whole in WHOLE.items() if whole == tile) or KERNELS[kernel].fields

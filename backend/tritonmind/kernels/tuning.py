@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tritonmind.kernels.tile_table import KERNELS, UNLIMITED, WHOLE, Card, Kernel, Ladder, Step, Tile
+from tritonmind.kernels.tile_table import GROUP_VALUES, KERNELS, UNLIMITED, WHOLE, Card, Kernel, Ladder, Step, Tile
 
 VARIABLE = "TRITONMIND_TILE_CONFIGS"
 SHIPPED = Path(__file__).parent / "configs"
@@ -166,11 +166,14 @@ def _ladders(name: str, entries: list[Any]) -> dict[tuple[int, ...], Ladder]:
 
 
 def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
-    whole = tuple(name for name in WHOLE if spec.has_whole and isinstance(entry, dict) and name in entry)
-    fields = whole or spec.fields
+    given = entry if isinstance(entry, dict) else {}
+    in_groups = spec.group_fields if "warp_groups" in given else ()
+    fields = tuple(name for name in spec.whole if name in given) or in_groups or spec.fields
     _check_keys(where, entry, {*spec.sizes, "max_rows", *fields})
     for name, value in entry.items():
         expected = _expected(name, value, spec.minima)
+        if in_groups and not expected and value not in (choice := GROUP_VALUES.get(name, (value,))):
+            expected = " or ".join(map(str, choice))
         if expected:
             raise ValueError(f"{where}: {name}={value!r} must be {expected}")
     if 0 < entry.get("prefetch", 0) * entry.get("block_k", 0) < LINE_COLUMNS:

@@ -1,14 +1,15 @@
 """Products with a 4-bit weight, y = x W^T + b, W[n, k] = (level - zero point) * scale: W4A16, activations in 16 bits.
 
-By kernels that unpack the weight while they multiply, or, for many rows, by one that writes it out in 16 bits for the
-products of linear.py. Which of them, and with which tile, `tuning.tile` says by card, sizes and rows.
+By kernels that unpack the weight while they multiply, for many rows that of gluon_w4_linear.py, or, on cards that
+cannot run that, by one that writes it out in 16 bits for the products of linear.py. Which of them, and with which tile,
+`tuning.tile` says by card, sizes and rows.
 """
 
 import torch
 
 from tritonmind.kernels import tuning
 from tritonmind.kernels.dispatch import check_ndim, check_tensor, use_triton
-from tritonmind.kernels.linear import gate_up, linear, product_variants
+from tritonmind.kernels.linear import MIN_ADDED_ROWS, gate_up, linear, product_variants
 from tritonmind.kernels.tile_table import Tile
 from tritonmind.kernels.w4_layout import PackedWeight, unpack
 
@@ -48,12 +49,24 @@ def w4_linear(
     tile = _choose("w4_linear", x, weight) if tile is None else tile
     if tile.is_whole or not use_triton(x):
         return linear(x, _dense(x, weight, scratch), bias, partial_sums=partial_sums, add_to=add_to, out=out)
-    from tritonmind.kernels import triton_w4_linear
-
     if not partial_sums:
         tile = tile._replace(splits=1)
+    if add_to is not None:
+        if out is not None:
+            raise ValueError("out and add_to exclude each other: add_to takes the sum")
+        check_tensor("add_to", add_to, size, x.dtype, x.device)
+        if tile.warp_groups and tile.splits == 1 and len(x) >= MIN_ADDED_ROWS:
+            from tritonmind.kernels import gluon_w4_linear
+
+            return gluon_w4_linear.multiply(x, weight, bias, add_to, tile, add=True)
     if out is None:
         out = x.new_empty(size) if tile.splits == 1 else x.new_empty((tile.splits, *size), dtype=torch.float32)
+    if tile.warp_groups:
+        from tritonmind.kernels import gluon_w4_linear
+
+        return gluon_w4_linear.multiply(x, weight, bias, out, tile)
+    from tritonmind.kernels import triton_w4_linear
+
     return triton_w4_linear.linear(x, weight, bias, out, tile)
 
 
@@ -79,9 +92,15 @@ def w4_gate_up(
     tile = _choose("w4_gate_up", x, weight) if tile is None else tile
     if tile.is_whole or not use_triton(x):
         return gate_up(x, _dense(x, weight, scratch), out=out)
+    if out is None:
+        out = x.new_empty(size)
+    if tile.warp_groups:
+        from tritonmind.kernels import gluon_w4_linear
+
+        return gluon_w4_linear.multiply(x, weight, None, out, tile)
     from tritonmind.kernels import triton_w4_linear
 
-    return triton_w4_linear.gate_up(x, weight, x.new_empty(size) if out is None else out, tile)
+    return triton_w4_linear.gate_up(x, weight, out, tile)
 
 
 def w4_variants(kernel: str, n: int, k: int, group_size: int, max_rows: int, device: torch.device) -> list[int]:

@@ -154,9 +154,9 @@ def search(
             found = list(candidates(task.kernel, card, task.named_sizes(), task.rows, wave, best))
             if task.product in WHOLE_PRODUCTS:
                 found = [tile for tile in found if tile.splits == 1]
-            if not wave and KERNELS[task.kernel].has_whole:
+            if not wave and "library" in KERNELS[task.kernel].whole:
                 found.append(LIBRARY)
-                if task.weight_precision is None and takes_many_rows(card, task.named_sizes()):
+                if "many_rows" in KERNELS[task.kernel].whole and takes_many_rows(card, task.named_sizes()):
                     found.append(MANY_ROWS)
             jobs += [(task, tile) for tile in found if tile not in timed[task]]
         if not jobs or is_over():
@@ -191,7 +191,7 @@ def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: M
     Of an old ladder the steps for more rows than were searched stay: the time may have been over before.
     """
     from tritonmind.kernels import tuning
-    from tritonmind.kernels.tile_table import KERNELS, fields_of
+    from tritonmind.kernels.tile_table import KERNELS
 
     found = {name: list(entries) for name, entries in before.get("kernels", {}).items()}
     for kernel, sizes in dict.fromkeys((task.kernel, task.sizes) for task in picks):
@@ -208,7 +208,7 @@ def merged(before: dict[str, Any], card_name: str, triton_version: str, picks: M
         for index, (max_rows, tile) in enumerate(steps):
             if index + 1 < len(steps) and steps[index + 1][1] == tile:
                 continue  # the next step says the same
-            settings = {name: getattr(tile, name) for name in fields_of(kernel, tile)}
+            settings = {name: getattr(tile, name) for name in spec.fields_of(tile)}
             kept.append({**named, "max_rows": max_rows, **settings})
         found[kernel] = sorted(kept, key=lambda entry: [entry[name] for name in (*spec.sizes, "max_rows")])
     content = {"card": card_name, "triton": triton_version, "kernels": found}
@@ -242,9 +242,9 @@ def _read(path: Path, card: Card) -> dict[str, Any]:
 
 
 def _row(task: Task, pick: Pick, shape: str, precision: str, num_bytes: float, fastest: float) -> dict[str, Any]:
-    from tritonmind.kernels.tile_table import fields_of
+    from tritonmind.kernels.tile_table import KERNELS
 
-    fields = fields_of(task.kernel, pick.tile)
+    fields = KERNELS[task.kernel].fields_of(pick.tile)
     return {
         "workload": f"tune {task.product} rows={task.rows}",
         "shape": shape,

@@ -30,8 +30,8 @@ JITTED = {
     "linear": ("triton_linear._linear_kernel",),
     "gate_up": ("triton_linear._gate_up_kernel",),
     "int8_linear": ("triton_int8_linear._int8_linear_kernel",),
-    "w4_linear": ("triton_w4_linear._w4_linear_kernel",),
-    "w4_gate_up": ("triton_w4_linear._w4_gate_up_kernel",),
+    "w4_linear": ("triton_w4_linear._w4_linear_kernel", "gluon_w4_linear._w4_many_rows_kernel"),
+    "w4_gate_up": ("triton_w4_linear._w4_gate_up_kernel", "gluon_w4_linear._w4_many_rows_kernel"),
     "decode_attention": ("triton_decode_attention._decode_kernel", "triton_decode_int8._decode_int8_kernel"),
     "prefill_attention": ("triton_prefill_attention._prefill_kernel", "gluon_prefill_attention._long_prefill_kernel"),
 }
