@@ -99,7 +99,7 @@ def test_a_text_completion(client: openai.OpenAI) -> None:
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="session_len is") as caught:
-        client.chat.completions.create(model=SMOLLM2, messages=[{"role": "user", "content": "word " * 3000}])
+        client.chat.completions.create(model=SMOLLM2, messages=[{"role": "user", "content": "word " * 9000}])
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
     assert "tokens" in str(caught.value)
     with pytest.raises(openai.NotFoundError, match="gpt"):
