@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +15,8 @@ import pytest
 from tests.tools.api_server.conftest import SMOLLM2, TIMEOUT_S
 
 pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).resolve().parents[3]
 
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -224,6 +229,21 @@ def test_a_call_that_must_come(client: openai.OpenAI, stream: bool) -> None:
     assert choice.finish_reason == "tool_calls" and not choice.message.content
     (call,) = choice.message.tool_calls
     assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+
+
+def test_what_the_documentation_shows_works(url: str) -> None:
+    """Each request in bash that it has, and its program."""
+    text = (ROOT / "docs" / "api_server.md").read_text().replace("http://127.0.0.1:23333", url)
+    requests = [block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if block.startswith("curl")]
+    assert len(requests) == 3
+    for command in requests:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0 and '"error"' not in done.stdout, done
+        assert '"choices"' in done.stdout or '"tokens"' in done.stdout
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == {"river"}
 
 
 def test_token_ids_of_texts(url: str, request: pytest.FixtureRequest) -> None:

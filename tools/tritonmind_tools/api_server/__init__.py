@@ -60,6 +60,11 @@ def _add_engine(group: Any) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     group.add_argument("--cache-max-entry-count", type=float, metavar="X", help="the KV cache's share of free memory")
     group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="of a checkpoint: chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints",
+    )
+    group.add_argument(
         "--engine-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over config.ini's"
     )
 

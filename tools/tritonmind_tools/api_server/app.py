@@ -153,6 +153,14 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
     async def encode(body: EncodeBody) -> dict[str, Any]:
         return _encoded(body, backend)
 
+    @app.post("/v1/responses", tags=["OpenAI"], summary="Refused: send /v1/chat/completions", include_in_schema=False)
+    async def responses() -> Response:
+        raise ApiError(
+            400,
+            "/v1/responses is not served: send the conversation to /v1/chat/completions",
+            code="unsupported_operation",
+        )
+
     @app.post("/v1/embeddings", tags=["OpenAI"], summary="Refused: the model generates text", include_in_schema=False)
     async def embeddings() -> Response:
         raise ApiError(

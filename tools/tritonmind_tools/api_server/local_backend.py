@@ -34,11 +34,20 @@ NUM_LANES = 1
 class LocalBackend:
     """Starts an engine on a workspace or a checkpoint, and again when it dies. Raises TritonmindError if it cannot.
 
-    overrides: as LLM's. name: what the model is called, by default what its checkpoint says.
+    overrides: as LLM's. name: what the model is called, by default what its checkpoint says. chat_template: as
+    open_model's. warnings: what the user should know about the model.
     """
 
-    def __init__(self, path: str, overrides: Mapping[str, object], *, name: str | None = None) -> None:
-        source = open_model(path, dtype=overrides.get("dtype", "auto"))
+    def __init__(
+        self,
+        path: str,
+        overrides: Mapping[str, object],
+        *,
+        name: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        source = open_model(path, dtype=overrides.get("dtype", "auto"), chat_template=chat_template)
+        self.warnings = source.warnings
         tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
         template = load_chat_template(source.tokenizer_dir, tokenizer.special_tokens)
         self._registry = Registry()

@@ -82,8 +82,8 @@ def open_backend(args: argparse.Namespace) -> Backend:
     """The model that the options name. Raises TritonmindError."""
     given = {name: getattr(args, name) for name in _ENGINE_OPTIONS if getattr(args, name) is not None}
     if _is_address(args.target):
-        if given or args.engine_options:
-            name = next(iter(given), "engine_options").replace("_", "-")
+        if given or args.engine_options or args.chat_template:
+            name = next(iter(given), "engine_options" if args.engine_options else "chat_template").replace("_", "-")
             raise ConfigError(
                 f"--{name} is for a PATH: the engine of the Triton server at {args.target} has its settings"
             )
@@ -99,7 +99,9 @@ def open_backend(args: argparse.Namespace) -> Backend:
                 f"--engine-options: {_ENGINE_OPTIONS[name]} is given twice, by --{name.replace('_', '-')} too"
             )
     print(f"loading {args.target}", flush=True)
-    backend = LocalBackend(args.target, overrides, name=args.model_name)
+    backend = LocalBackend(args.target, overrides, name=args.model_name, chat_template=args.chat_template)
+    for warning in backend.warnings:
+        print(f"warning: {warning}", flush=True)
     print(backend.info.memory_plan, flush=True)
     return backend
 
