@@ -109,6 +109,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 10**6]}, "input_ids=1000000"),
     ({"text": "a", "options": {"temperature": -1}}, "temperature"),
     ({"text": "a", "options": {"temprature": 1}}, "temprature"),
+    ({"text": "a", "options": {"response_format": {"type": "regex", "regex": "(a"}}}, "unclosed group"),
     ({"text": "a", "input_ids": [1]}, "exactly one of"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
 ]
