@@ -114,13 +114,12 @@ def _modules() -> list[ModuleType]:
     return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
 
 
-def compile_one(index: int) -> dict[str, Any]:
-    """Compile work[index] and take it apart."""
+def compile_one(index: int) -> tuple[dict[str, Any], bytes]:
+    """Compile work[index]. Returns what to say about it, and its cubin."""
     card, job = work[index]
     major, minor = card.capability
     compiled = triton.compile(job.source, target=GPUTarget("cuda", 10 * major + minor, 32), options=job.options)
-    code = sass.read(compiled.asm["cubin"])
-    return {
+    report = {
         "kernel": job.kernel,
         "case": job.case,
         "capability": card.capability,
@@ -129,8 +128,8 @@ def compile_one(index: int) -> dict[str, Any]:
         "options": job.options,
         "shared": compiled.metadata.shared,
         "waits": compiled.asm["ptx"].count("griddepcontrol.wait"),
-        **code._asdict(),
     }
+    return report, compiled.asm["cubin"]
 
 
 def main() -> None:
@@ -144,10 +143,14 @@ def main() -> None:
             if not (args.one and job.kernel in seen):
                 work.append((card, job))
             seen.add(job.kernel)
+    compiled: dict[tuple[int, int], list[tuple[dict[str, Any], bytes]]] = {}
     # Forked, because jit functions cannot be sent to a process; the long ones first.
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        for report in pool.imap_unordered(compile_one, range(len(work))):
-            print(json.dumps(report), flush=True)
+        for report, cubin in pool.imap_unordered(compile_one, range(len(work))):
+            compiled.setdefault(report["capability"], []).append((report, cubin))
+    for capability, found in compiled.items():
+        for (report, _), code in zip(found, sass.read_all([cubin for _, cubin in found], capability), strict=True):
+            print(json.dumps({**report, **code._asdict()}))
 
 
 work: list[tuple[Card, Job]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -13,11 +15,15 @@ import triton
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?:\s+(.*?))?\s*;", re.M)
+_INSTRUCTION_BYTES = 16
+_EXECUTABLE = 4  # ELF's SHF_EXECINSTR
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 # The tensor cores' instructions: a warp's, and a warp group's.
 MATRIX_PRODUCTS = ("HMMA", "HGMMA")
 # To and from local memory.
 SPILLS = ("STL", "LDL")
+
+Instruction = tuple[str, str, str]  # address in hexadecimal, opcode, operands
 
 
 class Code(NamedTuple):
@@ -36,23 +42,49 @@ class Code(NamedTuple):
     bulk_loads: int
 
 
-def read(cubin: bytes) -> Code:
-    """Take a kernel apart."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "-sass", "-res-usage", file.name]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return parse(run.stdout + run.stderr)
+def read_all(cubins: list[bytes], capability: tuple[int, int]) -> list[Code]:
+    """Take kernels of an architecture apart, one a cubin.
+
+    All in one run of the disassembler, which needs half a second for itself whatever it is given.
+    """
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "code"
+
+        def run(tool: str, *options: str, content: bytes) -> str:
+            path.write_bytes(content)
+            return subprocess.run([tools / tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+        resources = [run("cuobjdump", "-res-usage", content=cubin) for cubin in cubins]
+        codes = [machine_code(cubin) for cubin in cubins]
+        architecture = "SM{}{}".format(*capability)
+        listing = run("nvdisasm", "-ndf", "-b", architecture, content=b"".join(codes))
+    every = instructions(listing)
+    assert len(every) * _INSTRUCTION_BYTES == sum(map(len, codes)), f"not each instruction in {listing[:500]!r}"
+    rest = iter(every)
+    bodies = [list(itertools.islice(rest, len(code) // _INSTRUCTION_BYTES)) for code in codes]
+    return [parse(usage, body) for usage, body in zip(resources, bodies, strict=True)]
 
 
-def parse(text: str) -> Code:
-    """What `cuobjdump -sass -res-usage` says."""
-    resources = _RESOURCES.search(text)
-    assert resources, f"no resources in {text[:500]!r}"
-    code = [(int(address, 16), opcode, operands) for address, opcode, operands in _INSTRUCTION.findall(text)]
-    assert code, f"no instructions in {text[:500]!r}"
+def instructions(listing: str) -> list[Instruction]:
+    """What `nvdisasm` has printed."""
+    return _INSTRUCTION.findall(listing)
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The one section of an ELF file of 64 bits that is executable."""
+    (offset,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + index * size) for index in range(count)]
+    (code,) = (cubin[begin : begin + length] for _, _, flags, _, begin, length in headers if flags & _EXECUTABLE)
+    return code
+
+
+def parse(usage: str, listing: list[Instruction]) -> Code:
+    """usage: what `cuobjdump -res-usage` says."""
+    resources = _RESOURCES.search(usage)
+    assert resources, f"no resources in {usage[:500]!r}"
+    code = [(int(address, 16), opcode, operands) for address, opcode, operands in listing]
     loops = []
     for address, opcode, operands in code:
         target = _TARGET.search(operands) if opcode.startswith("BRA") else None

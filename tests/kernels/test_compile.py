@@ -161,30 +161,49 @@ def product_complaints(report: Report) -> list[str]:
     return found
 
 
-CODE = """
+USAGE = """
  Function kernel:
   REG:40 STACK:8 SHARED:0 LOCAL:0 TEXTURE:0
-        /*0000*/                   STL [R1], R2 ;   /* 0x1 */
-        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x2 */
-        /*0020*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;   /* 0x3 */
-        /*0030*/              @!P0 HMMA.16816.F32 R8, R4, R6, R8 ;   /* 0x4 */
-        /*0040*/               @P0 LDL.LU R3, [R1] ;   /* 0x5 */
-        /*0050*/               @P1 BRA 0x20 ;   /* 0x6 */
-        /*0060*/                   EXIT ;   /* 0x7 */
-        /*0070*/                   BRA 0x70;   /* 0x8 */
 """
+LISTING = [
+    ("0000", "STL", "[R1], R2"),
+    ("0010", "LDG.E.128", "R4, desc[UR4][R2.64]"),
+    ("0020", "LDGSTS.E.BYPASS.128", "[R9], desc[UR4][R2.64]"),
+    ("0030", "HMMA.16816.F32", "R8, R4, R6, R8"),
+    ("0040", "LDL.LU", "R3, [R1]"),
+    ("0050", "BRA", "0x20"),
+    ("0060", "EXIT", ""),
+    ("0070", "BRA", "0x70"),
+]
 
 
 def test_code_is_read() -> None:
     from tests.kernels import sass
 
-    code = sass.parse(CODE)
+    code = sass.parse(USAGE, LISTING)
     assert (code.registers, code.stack, code.local, code.loop_spills, code.bulk_loads) == (40, 8, 0, 1, 0)
     body = {"LDGSTS.E.BYPASS.128": 1, "HMMA.16816.F32": 1, "LDL.LU": 1, "BRA": 1}
     assert code.product_loops == [body]
     # Without the loop: what lies between the products.
-    unrolled = sass.parse(CODE.replace("@P1 BRA 0x20", "HMMA.16816.F32 R8, R4, R6, R8"))
+    unrolled = sass.parse(USAGE, [*LISTING[:5], ("0050", "HMMA.16816.F32", "R8, R4, R6, R8"), *LISTING[6:]])
     assert unrolled.product_loops == [{"HMMA.16816.F32": 2, "LDL.LU": 1}] and unrolled.loop_spills == 0
+
+
+def test_instructions_are_found() -> None:
+    from tests.kernels import sass
+
+    lines = """
+        /*0040*/                   STL [R1], R2 ;
+        /*0050*/              @!P0 HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*12340*/              @P1 BRA 0x20 ;
+        /*12350*/                  EXIT ;
+"""
+    assert sass.instructions(lines) == [
+        ("0040", "STL", "[R1], R2"),
+        ("0050", "HMMA.16816.F32", "R8, R4, R6, R8"),
+        ("12340", "BRA", "0x20"),
+        ("12350", "EXIT", ""),
+    ]
 
 
 def test_kernels_compile_into_good_code(compiled: list[Report]) -> None:
