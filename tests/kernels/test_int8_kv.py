@@ -17,6 +17,7 @@ from tritonmind.kernels import (
     reference,
     rotary_kv_write,
 )
+from tritonmind.kernels.kv_quant import KVScales
 
 KINDS = ["layer", "token"]
 # (num_heads, num_kv_heads, head_dim): groups of 3, 4, 8 and 20 heads, head_dims that are no power of two.
@@ -179,33 +180,49 @@ def test_zeros_and_large_values_are_written(target: Target) -> None:
 
 
 def flat_pages(
-    pages: Pages, query_lens: list[int], context_lens: list[int], capacity: int, target: Target
-) -> tuple[FlatPages | None, torch.Tensor]:
-    """A scratch of NaN, and cu_seqlens_q."""
-    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32).to(target.device)
+    pages: Pages, query_lens: list[int], context_lens: list[int], capacity: int, target: Target, *,
+    num_decodes: int = 0, num_padding: int = 0, written: bool = False,
+) -> tuple[FlatPages | None, torch.Tensor]:  # fmt: skip
+    """A scratch of NaN, and cu_seqlens_q of the prompts, which follow the decodes."""
+    starts = torch.tensor([num_decodes, *query_lens]).cumsum(0).to(torch.int32).to(target.device)
     if not target.triton:
         return None, starts
     scratch = [
         torch.full((capacity, *pages.k_cache.shape[1:]), float("nan")).to(target.device, target.dtype) for _ in range(2)
     ]
-    lens = list(zip(query_lens, context_lens, strict=True))
     flat = plan_flat_pages(
-        *scratch, pages.block_tables, starts, pages.context_lens, lens=lens, num_tokens=sum(query_lens)
-    )
+        *scratch, pages.block_tables, starts, pages.context_lens, written=written,
+        lens=None if num_padding else list(zip(query_lens, context_lens, strict=True)),
+        num_tokens=num_decodes + sum(query_lens) + num_padding,
+    )  # fmt: skip
     return flat, starts
 
 
 def check_prefill(
     heads: tuple[int, int, int], query_lens: list[int], context_lens: list[int], kind: str, target: Target, *,
-    block_size: int, capacity: int,
+    block_size: int, capacity: int, written: bool = False, num_padding: int = 0,
 ) -> None:  # fmt: skip
+    """Attention of prompts that are in the pages, or are written there before, to the scratch too.
+
+    written: as in a step, behind two decodes. num_padding: tokens of nobody that follow; then the host does not know
+    the lengths, as when a graph is captured.
+    """
     num_heads, num_kv_heads, head_dim = heads
     pages, scales = int8_pages(
         make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target),
         kind,
     )
-    q = 2 * target.randn(sum(query_lens), num_heads, head_dim)
-    flat, starts = flat_pages(pages, query_lens, context_lens, capacity, target)
+    num_decodes, num_tokens = 2 if written else 0, sum(query_lens)
+    flat, starts = flat_pages(
+        pages, query_lens, context_lens, capacity, target, num_decodes=num_decodes, num_padding=num_padding,
+        written=written,
+    )  # fmt: skip
+    if written:
+        slots = [-1] * num_decodes + slots_of(pages, query_lens, context_lens) + [-1] * num_padding
+        positions = [i for count, ctx in zip(query_lens, context_lens, strict=True) for i in range(ctx - count, ctx)]
+        q = written_step(heads, [0] * num_decodes + positions + [0] * num_padding, slots, pages, scales, flat, target)
+    else:
+        q = 2 * target.randn(num_tokens, num_heads, head_dim)
     out = torch.full_like(q, float("nan"))
     k_cache, v_cache, block_tables, lengths = pages
     result = paged_prefill_attention(
@@ -217,7 +234,34 @@ def check_prefill(
         q.cpu().float(), k_cache.cpu(), v_cache.cpu(), block_tables.cpu(), starts.cpu(), lengths.cpu(),
         softmax_scale=0.125, scales=on_cpu(scales),
     )  # fmt: skip
-    assert_close(out, expected, target.dtype)
+    prompts = slice(num_decodes, num_decodes + num_tokens)
+    assert_close(out[prompts], expected[prompts], target.dtype)
+
+
+def slots_of(pages: Pages, query_lens: list[int], context_lens: list[int]) -> list[int]:
+    """Of the last query_lens tokens of each sequence."""
+    block_size, tables = pages.k_cache.shape[2], pages.block_tables.cpu()
+    return [
+        int(tables[row, i // block_size]) * block_size + i % block_size
+        for row, (count, ctx) in enumerate(zip(query_lens, context_lens, strict=True))
+        for i in range(ctx - count, ctx)
+    ]
+
+
+def written_step(
+    heads: tuple[int, int, int], positions: list[int], slots: list[int], pages: Pages, scales: KVScales,
+    flat: FlatPages | None, target: Target,
+) -> torch.Tensor:  # fmt: skip
+    """Writes random keys and values to these slots. Returns the rotated queries."""
+    num_heads, num_kv_heads, head_dim = heads
+    angles = torch.rand(max(positions) + 1, head_dim // 2) * 6
+    return rotary_kv_write(
+        target.randn(len(slots), (num_heads + 2 * num_kv_heads) * head_dim),
+        torch.cat((angles.cos(), angles.sin()), dim=1).to(target.device),
+        torch.tensor(positions, device=target.device), torch.tensor(slots, dtype=torch.int32, device=target.device),
+        pages.k_cache, pages.v_cache, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scales=scales,
+        flat=flat,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("capacity", [9, 4], ids=["one group", "groups"])
@@ -227,62 +271,14 @@ def test_prefill(kind: str, capacity: int, target: Target) -> None:
     check_prefill((4, 2, 64), [5, 20, 0, 13], [5, 60, 3, 45], kind, target, block_size=16, capacity=capacity)
 
 
-def check_written_prefill(
-    heads: tuple[int, int, int], query_lens: list[int], context_lens: list[int], kind: str, target: Target, *,
-    block_size: int, capacity: int, num_padding: int = 0,
-) -> None:  # fmt: skip
-    """As a step does it: two decodes and these prompts are written, to the scratch too, and the prompts attended to.
-
-    num_padding: tokens of nobody that follow; then the host does not know the lengths, as when a graph is captured.
-    """
-    num_heads, num_kv_heads, head_dim = heads
-    pages, scales = int8_pages(
-        make_pages(context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, target=target),
-        kind,
-    )
-    k_cache, v_cache, block_tables, lengths = pages
-    starts = torch.tensor([2, *query_lens]).cumsum(0).to(torch.int32).to(target.device)
-    shape = (capacity, *k_cache.shape[1:])
-    scratch = [torch.full(shape, float("nan"), dtype=target.dtype, device=target.device) for _ in range(2)]
-    lens = list(zip(query_lens, context_lens, strict=True))
-    positions = [0, 0, *(ctx - count + i for count, ctx in lens for i in range(count)), *[0] * num_padding]
-    flat = plan_flat_pages(
-        *scratch, block_tables, starts, lengths, lens=None if num_padding else lens, num_tokens=len(positions),
-        written=True,
-    )  # fmt: skip
-    tables = block_tables.cpu()
-    slots = [-1, -1]
-    for row, (count, ctx) in enumerate(lens):
-        for i in range(ctx - count, ctx):
-            slots.append(int(tables[row, i // block_size]) * block_size + i % block_size)
-    slots += [-1] * num_padding
-    angles = torch.rand(max(context_lens), head_dim // 2) * 6
-    q = rotary_kv_write(
-        target.randn(len(slots), (num_heads + 2 * num_kv_heads) * head_dim),
-        torch.cat((angles.cos(), angles.sin()), dim=1).to(target.device),
-        torch.tensor(positions, device=target.device), torch.tensor(slots, dtype=torch.int32, device=target.device),
-        k_cache, v_cache, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, scales=scales, flat=flat,
-    )  # fmt: skip
-    out = paged_prefill_attention(
-        q, k_cache, v_cache, block_tables, starts, lengths, max_query_len=max(query_lens), softmax_scale=0.125,
-        scales=scales, flat=flat,
-    )  # fmt: skip
-    expected = reference.paged_prefill_attention(
-        q.cpu().float(), k_cache.cpu(), v_cache.cpu(), block_tables.cpu(), starts.cpu(), lengths.cpu(),
-        softmax_scale=0.125, scales=on_cpu(scales),
-    )  # fmt: skip
-    prompts = slice(2, len(slots) - num_padding)
-    assert_close(out[prompts], expected[prompts], target.dtype)
-
-
 @pytest.mark.parametrize(("capacity", "num_padding"), [(9, 0), (4, 0), (9, 7)], ids=["one group", "groups", "padded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_prefill(kind: str, capacity: int, num_padding: int, target: Target) -> None:
     """A whole prompt, one after whole pages, one after part of a page, an empty one."""
     if not target.triton:
         pytest.skip("the CPU path has no scratch")
-    check_written_prefill(
-        (4, 2, 64), [20, 13, 0, 9], [20, 45, 3, 40], kind, target, block_size=16, capacity=capacity,
+    check_prefill(
+        (4, 2, 64), [20, 13, 0, 9], [20, 45, 3, 40], kind, target, block_size=16, capacity=capacity, written=True,
         num_padding=num_padding,
     )  # fmt: skip
 
@@ -301,8 +297,10 @@ def test_large_prefill(kind: str, heads: tuple[int, int, int], block_size: int, 
         check_prefill(heads, query_lens, context_lens, kind, gpu_target, block_size=block_size, capacity=capacity)
     check_prefill(heads, [1700, 16], [2750, 77], kind, gpu_target, block_size=block_size, capacity=43)
     lens = [100, 1700, 16], [100, 2750, 77]
-    check_written_prefill(heads, *lens, kind, gpu_target, block_size=block_size, capacity=50)
-    check_written_prefill(heads, *lens, kind, gpu_target, block_size=block_size, capacity=50, num_padding=99)
+    for num_padding in (0, 99):
+        check_prefill(
+            heads, *lens, kind, gpu_target, block_size=block_size, capacity=50, written=True, num_padding=num_padding
+        )
 
 
 def test_a_sequence_larger_than_the_scratch_is_refused(target: Target) -> None:

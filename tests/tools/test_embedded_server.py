@@ -196,7 +196,7 @@ def test_command_serves_until_a_signal(workspace: Path, echo: Path, tmp_path: Pa
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
             assert b"nv_inference_request_success" in answer.read()
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
         assert "Stopped" in process.stdout.read()
     assert not is_running(child_pid(log))
 
