@@ -14,19 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
+from tests.vocabularies import TEXTS
 from tritonmind.errors import ConfigError
 from tritonmind.tokenizer import Tokenizer
-
-TEXTS = (
-    "The capital of France is Paris.",
-    "  leading, trailing and   inner spaces \n\n\ttabs ",
-    "Größe, naïve, façade, Ωmega, Привет, мир!",
-    "你好,世界。日本語の文章です。안녕하세요 세계",
-    "مرحبا بالعالم, שלום עולם, नमस्ते दुनिया, ሰላም ለዓለም",
-    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈🇫🇷 e\u0301 \u200d\ufeff end",
-    "code: for (int i = 0; i < n; ++i) { a[i] += '\\u00e9'; }",
-    "\ufffd is a character like any other \ufffd\ufffd",
-)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,20 @@ def array_of(value: Any) -> np.ndarray:
     return np.array(values)
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
+class Held:
+    """A function that says by `reached` that it was called, and goes on when `release` is set."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.reached, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.reached.set()
+        assert self.release.wait(30)
+        return self._function(*args, **kwargs)
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 30.0) -> bool:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -151,7 +165,7 @@ def value(response: Any, name: str) -> list[Any]:
 
 def error_of(sender: Any) -> Any:
     """The error that ended a request, which is waited for."""
-    assert sender.final.wait(5), "no final response"
+    assert sender.final.wait(30), "no final response"
     error = sender.responses[-1].error()
     assert error is not None, "the request ended without an error"
     return error

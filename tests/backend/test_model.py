@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backend.conftest import MAX_MODEL_LEN, Served, array_of, error_of, eventually, texts, value
+from tests.backend.conftest import MAX_MODEL_LEN, Held, Served, array_of, error_of, eventually, texts, value
 from tests.backend.fake_engine import FakeEngine
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.messages import EngineRequest, TokenLogprob
@@ -31,7 +31,7 @@ def test_stream_is_deltas_and_final_rides_on_the_last(served: Served) -> None:
     assert eventually(lambda: len(sender.responses) == 1), "the first token did not go out at once"
     assert not sender.final.is_set()
     served.engine.output(0, [*served.ids(" ok"), 2], "stop", stop_token_id=2)
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert texts(sender) == ["Größe", " ok"]
     first, last = sender.responses
     assert value(first, "finish_reason") == [b""]
@@ -52,7 +52,7 @@ def test_without_stream_there_is_one_response(served: Served) -> None:
     time.sleep(0.05)
     assert not sender.responses
     served.engine.output(0, served.ids("d"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert texts(sender) == ["abcd"]
     assert value(sender.responses[0], "num_output_tokens") == [4]
     assert value(sender.responses[0], "finish_reason") == [b"length"]
@@ -62,26 +62,19 @@ def test_pending_tokens_are_merged_while_the_sender_is_busy(served: Served) -> N
     """Into one response that says what each of them said."""
     sender = served.send(text_input="hello", streaming=True, num_logprobs=np.array([0], dtype=np.int32))
     served.engine.wait_for(1)
-    entered, release = threading.Event(), threading.Event()
-    send = sender.send
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        entered.set()
-        assert release.wait(5)
-        send(*args, **kwargs)
+    sender.send = send = Held(sender.send)
 
     def output(part: str, **more: Any) -> None:
         served.engine.output(0, served.ids(part), logprobs=[TokenLogprob(-1.0, 1, [])], **more)
 
-    sender.send = slow
     output("a")
-    assert entered.wait(5)
+    assert send.reached.wait(30)
     output("b", num_cached_tokens=3)
     for part in "cdefgh":
         output(part)
     output("i", finish_reason="length")
-    release.set()
-    assert sender.final.wait(5)
+    send.release.set()
+    assert sender.final.wait(30)
     assert texts(sender) == ["a", "bcdefghi"]
     last = sender.responses[-1]
     (logprobs,) = map(json.loads, value(last, "logprobs"))
@@ -96,7 +89,7 @@ def test_stop_string_ends_the_answer_and_the_engine_request(served: Served) -> N
     for part in ("some", " E", "N"):
         served.engine.output(0, served.ids(part))
     served.engine.output(0, served.ids("D of it"))
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert "".join(texts(sender)) == "some "
     assert value(sender.responses[-1], "stop_reason") == [b"END"]
     assert served.engine.aborted == [0]
@@ -107,7 +100,7 @@ def test_prompt_is_echoed_on_request(served: Served, stream: bool) -> None:
     sender = served.send(text_input="Say: ", stream=stream, exclude_input_in_output=False)
     served.engine.wait_for(1)
     served.engine.output(0, served.ids("yes"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert texts(sender) == ["Say: yes"]
 
 
@@ -118,7 +111,7 @@ def test_messages_go_through_the_template(served: Served) -> None:
     assert request.prompt_token_ids == served.ids(text)
     assert request.prompt_token_ids.count(1) == 2, "a bos was added to a template that writes its own"
     served.engine.output(0, [2], "stop", stop_token_id=2)
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert texts(sender) == [""]
 
 
@@ -129,7 +122,7 @@ def test_batch_dimension_in_and_out(unloaded: Served) -> None:
     )
     unloaded.engine.wait_for(1)
     unloaded.engine.output(0, unloaded.ids("abX"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     shapes = {tensor.name(): tensor.as_numpy().shape for tensor in sender.responses[0].output_tensors()}
     assert shapes == {**dict.fromkeys(shapes, (1, 1)), "token_ids": (1, len(unloaded.ids("abX")))}
 
@@ -138,7 +131,7 @@ def test_only_requested_outputs_are_made(served: Served) -> None:
     sender = served.send(text_input="a", outputs=["text_output", "token_ids"], return_token_ids=False)
     served.engine.wait_for(1)
     served.engine.output(0, served.ids("b"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert [tensor.name() for tensor in sender.responses[0].output_tensors()] == ["text_output"]
 
 
@@ -171,7 +164,7 @@ def test_bad_request_is_invalid_arg_and_names_the_field(served: Served, fields: 
     good = served.send(text_input="good")
     request = served.engine.wait_for(1)
     served.engine.output(request.request_id, served.ids("x"), "length")
-    assert good.final.wait(5)
+    assert good.final.wait(30)
     assert texts(good) == ["x"]
 
 
@@ -187,7 +180,7 @@ def test_a_bad_request_does_not_hurt_its_neighbour_in_one_call(served: Served) -
     assert error_of(broken.sender).code() == served.pb_utils.TritonError.INTERNAL
     request = served.engine.wait_for(1)
     served.engine.output(request.request_id, served.ids("x"), "length")
-    assert good.sender.final.wait(5)
+    assert good.sender.final.wait(30)
     assert not good.sender.responses[-1].has_error()
 
 
@@ -221,7 +214,7 @@ def test_cancellation_is_swept(served: Served, started: bool) -> None:
     sender.cancelled = True
     error = error_of(sender)
     assert error.code() == served.pb_utils.TritonError.CANCELLED
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 2
     assert served.engine.aborted == [0]
     assert eventually(lambda: served.engine.num_live() == 0)
 
@@ -240,39 +233,25 @@ def test_last_response_waits_for_a_running_is_cancelled(served: Served) -> None:
     """A real server crashes when the request ends while it is asked about."""
     sender = served.send(text_input="hello")
     request = served.engine.wait_for(1)
-    asked, release = threading.Event(), threading.Event()
     is_cancelled = sender.is_cancelled
-
-    def slow() -> bool:
-        asked.set()
-        assert release.wait(5)
-        return is_cancelled()
-
-    sender.is_cancelled = slow
-    assert asked.wait(5)
+    sender.is_cancelled = held = Held(is_cancelled)
+    assert held.reached.wait(30)
     served.engine.output(request.request_id, served.ids("x"), "length")
     assert not sender.final.wait(0.1)
     sender.is_cancelled = is_cancelled
-    release.set()
-    assert sender.final.wait(5)
+    held.release.set()
+    assert sender.final.wait(30)
 
 
 def test_cancelled_while_it_is_tokenised(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = served.model._server._prompts
-    reached, release = threading.Event(), threading.Event()
-    build = prompts.build
-
-    def slow(*args: Any) -> Any:
-        reached.set()
-        assert release.wait(5)
-        return build(*args)
-
-    monkeypatch.setattr(prompts, "build", slow)
+    build = Held(prompts.build)
+    monkeypatch.setattr(prompts, "build", build)
     sender = served.send(text_input="hello")
-    assert reached.wait(5)
+    assert build.reached.wait(30)
     sender.cancelled = True
     assert error_of(sender).code() == served.pb_utils.TritonError.CANCELLED
-    release.set()
+    build.release.set()
     served.engine.wait_for(1)
     assert eventually(lambda: served.engine.num_live() == 0), "a request nobody waits for runs on in the engine"
 
@@ -292,7 +271,7 @@ def test_dead_engine_is_replaced(served: Served) -> None:
     sender = served.send(text_input="b")
     served.engine.wait_for(1)
     served.engine.output(0, served.ids("y"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert texts(sender) == ["y"]
 
 
@@ -314,7 +293,7 @@ def test_engine_failure_can_stop_the_server(
     monkeypatch.setattr(adapter, "_stop_server", stopped.set)
     unloaded.load({"engine_failure": "exit"})
     unloaded.engine.die()
-    assert stopped.wait(5)
+    assert stopped.wait(30)
     assert not unloaded.model.is_ready()
     assert len(unloaded.engines) == 1
     error = error_of(unloaded.send(text_input="a"))
@@ -342,7 +321,7 @@ def test_a_response_that_cannot_be_sent_ends_its_request_only(served: Served) ->
     assert eventually(lambda: len(served.engine.aborted) == 1)
     (aborted,) = served.engine.aborted
     served.engine.output(1 - aborted, served.ids("c"), "length")
-    assert other.final.wait(5)
+    assert other.final.wait(30)
     assert "".join(texts(other)) == "bc"
 
 
@@ -402,7 +381,7 @@ def test_logprobs_are_written_as_vllm_writes_them(served: Served) -> None:
     served.engine.output(0, first, logprobs=[TokenLogprob(-0.5, 1, [(first[0], -0.5), (9, -1.5)])])
     assert eventually(lambda: len(sender.responses) == 1)
     served.engine.output(0, second, "length", logprobs=[TokenLogprob(-4.0, 7, [(8, -0.25), (9, -1.5)])])
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     (text,) = value(sender.responses[0], "logprobs")
     (position,) = json.loads(text)
     assert position[str(first[0])]["rank"] == 1 and position[str(first[0])]["logprob"] == -0.5
@@ -426,7 +405,7 @@ def test_logprobs_of_the_prompt_come_with_the_first_response(served: Served) -> 
     served.engine.output(0, served.ids("a"), prompt_logprobs=logprobs)
     assert eventually(lambda: len(sender.responses) == 1)
     served.engine.output(0, served.ids("b"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     first, last = (json.loads(value(response, "prompt_logprobs")[0]) for response in sender.responses)
     assert last is None and len(first) == len(prompt) and first[0] is None
     for number, (token_id, position) in enumerate(zip(prompt[1:], first[1:], strict=True), start=1):
@@ -443,6 +422,6 @@ def test_answers_have_no_logprobs_unless_asked_for(served: Served) -> None:
     sender = served.send(text_input="hello")
     served.engine.wait_for(1)
     served.engine.output(0, served.ids("a"), "length")
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     names = {tensor.name() for tensor in sender.responses[0].output_tensors()}
     assert "text_output" in names and not {"logprobs", "cumulative_logprob", "prompt_logprobs"} & names

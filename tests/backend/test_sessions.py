@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backend.conftest import MAX_MODEL_LEN, Served, error_of, eventually, texts, value
+from tests.backend.conftest import MAX_MODEL_LEN, Held, Served, error_of, eventually, texts, value
 from tests.backend.fake_engine import FakeEngine
 from tritonmind.messages import EngineRequest, FinishReason
 
@@ -41,7 +41,7 @@ def answer(
     sender = served.send(**inputs)
     request = served.engine.wait_for(count)
     served.engine.output(request.request_id, token_ids, reason, stop_token_id=stop_token_id)
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     assert not sender.responses[-1].has_error()
     return request.prompt_token_ids
 
@@ -49,7 +49,7 @@ def answer(
 def order(served: Served, **inputs: Any) -> str:
     """What the answer of a request without a prompt says."""
     sender = served.send(**inputs)
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     (response,) = sender.responses
     assert not response.has_error(), response.error().message()
     assert texts(sender) == [""] and value(response, "finish_reason") == [b"stop"]
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_the_history_where_it_ended_the_answer(served: Served
     sender = served.send(**session(text_input="one", sequence_start=True), stop=["X"])
     first = served.engine.wait_for(1)
     served.engine.output(first.request_id, ids)
-    assert sender.final.wait(5)
+    assert sender.final.wait(30)
     kept = value(sender.responses[-1], "token_ids")
     assert 0 < len(kept) < len(ids)
     second = answer(served, session(text_input="two"), [9])
@@ -180,7 +180,7 @@ def test_sessions_at_work_are_not_dropped(unloaded: Served) -> None:
     assert error.code() == unloaded.pb_utils.TritonError.UNAVAILABLE
     assert "max_sessions=1" in error.message()
     unloaded.engine.output(first.request_id, [9], "length")
-    assert running.final.wait(5)
+    assert running.final.wait(30)
     answer(unloaded, session(2, text_input="a", sequence_start=True), [9])
 
 
@@ -202,7 +202,7 @@ def test_a_busy_session_takes_no_second_request_and_is_free_with_the_answer(serv
     served.engine.output(request.request_id, [9], "length")
     second = served.engine.wait_for(2)
     served.engine.output(second.request_id, [9], "length")
-    assert next_turn[0].final.wait(5)
+    assert next_turn[0].final.wait(30)
     assert not next_turn[0].responses[-1].has_error()
 
 
@@ -233,21 +233,14 @@ def test_session_stop_before_the_first_token_leaves_the_history(served: Served) 
 
 def test_session_stop_while_it_is_tokenised(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = served.model._server._prompts
-    reached, release = threading.Event(), threading.Event()
-    build = prompts.build
-
-    def slow(*args: Any) -> Any:
-        reached.set()
-        assert release.wait(5)
-        return build(*args)
-
-    monkeypatch.setattr(prompts, "build", slow)
+    build = Held(prompts.build)
+    monkeypatch.setattr(prompts, "build", build)
     sender = served.send(**session(text_input="a", sequence_start=True))
-    assert reached.wait(5)
+    assert build.reached.wait(30)
     stop = served.send(**session(session_stop=True))
     assert not stop.final.wait(0.1)
-    release.set()
-    assert sender.final.wait(5) and stop.final.wait(5)
+    build.release.set()
+    assert sender.final.wait(30) and stop.final.wait(30)
     assert value(sender.responses[-1], "finish_reason") == [b"cancelled"]
     assert eventually(lambda: served.engine.num_live() == 0)
 
@@ -295,21 +288,13 @@ def test_a_turn_that_fails_keeps_its_tokens(served: Served, ended_by: str) -> No
 def test_tokens_that_could_not_be_sent_any_more_are_history_too(served: Served) -> None:
     sender = served.send(**session(text_input="a", sequence_start=True), stream=True)
     request = served.engine.wait_for(1)
-    entered, release = threading.Event(), threading.Event()
-    send = sender.send
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        entered.set()
-        assert release.wait(5)
-        send(*args, **kwargs)
-
-    sender.send = slow
+    sender.send = send = Held(sender.send)
     served.engine.output(request.request_id, served.ids("b"))
-    assert entered.wait(5)
+    assert send.reached.wait(30)
     served.engine.output(request.request_id, served.ids("c"))
     sender.cancelled = True
     assert eventually(lambda: served.engine.aborted == [request.request_id])
-    release.set()
+    send.release.set()
     error_of(sender)
     history = request.prompt_token_ids + served.ids("b") + served.ids("c")
     assert answer(served, session(text_input="d"), [9]) == history + served.ids("d")
