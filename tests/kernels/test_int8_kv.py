@@ -7,6 +7,7 @@ from tests.kernels.kernel_cases import Pages, Target, int8_pages, make_pages, on
 from tests.tolerances import assert_close
 from tritonmind.kernels import (
     FlatPages,
+    HeadNorms,
     LayerScales,
     TokenScales,
     kv_quant,
@@ -102,8 +103,9 @@ def test_light_tokens_count(target: Target) -> None:
 
 
 def check_write(
-    heads: tuple[int, int, int], num_tokens: int, kind: str, target: Target, *, splits: int = 0, block_size: int = 16
-) -> None:
+    heads: tuple[int, int, int], num_tokens: int, kind: str, target: Target, *, splits: int = 0, block_size: int = 16,
+    norm: bool = False,
+) -> None:  # fmt: skip
     """Bytes may differ by one where the reference is within rounding of a tie; scales by rounding. No slot but the
     named ones is touched.
     """
@@ -124,11 +126,16 @@ def check_write(
 
     k, v, scales = pools(target.device)
     on_device = [tensor.to(target.device) for tensor in (cos_sin, positions, slots)]
-    q = rotary_kv_write(qkv, *on_device, k, v, **sizes, scales=scales, dtype=target.dtype)
+    norms = [HeadNorms(*(1 + torch.rand(2, head_dim)).to(target.dtype), 1e-5)] if norm else []
+    mine = [HeadNorms(each.q.to(target.device), each.k.to(target.device), each.eps) for each in norms]
+    q = rotary_kv_write(
+        qkv, *on_device, k, v, **sizes, norms=mine[0] if norm else None, scales=scales, dtype=target.dtype
+    )
     expected_k, expected_v, expected_scales = pools("cpu")
     expected = reference.rotary_kv_write(
-        qkv.cpu().float(), cos_sin, positions, slots, expected_k, expected_v, **sizes, scales=expected_scales
-    )
+        qkv.cpu().float(), cos_sin, positions, slots, expected_k, expected_v, **sizes, scales=expected_scales,
+        norms=HeadNorms(norms[0].q.float(), norms[0].k.float(), norms[0].eps) if norm else None,
+    )  # fmt: skip
     assert q.dtype == target.dtype
     assert_close(q, expected, target.dtype)
     # Partial sums and what is rotated may be rounded to the queries' type before they become bytes.
@@ -150,6 +157,11 @@ def check_write(
 def test_write(kind: str, heads: tuple[int, int, int], target: Target) -> None:
     check_write(heads, 2, kind, target)
     check_write(heads, 5, kind, target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_write_of_normalised_heads(kind: str, target: Target) -> None:
+    check_write((8, 2, 128), 3, kind, target, splits=2, norm=True)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 1025])
