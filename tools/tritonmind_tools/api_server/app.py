@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from tritonmind import __version__
-from tritonmind_tools.api_server import chat, completions, interactive
+from tritonmind_tools.api_server import chat, completions, interactive, responses
 from tritonmind_tools.api_server.backends import Backend
 from tritonmind_tools.api_server.dialect import AUTO, find_dialect
 from tritonmind_tools.api_server.errors import ApiError, refused, told
@@ -23,6 +23,7 @@ from tritonmind_tools.api_server.limits import Limits
 from tritonmind_tools.api_server.prometheus import CONTENT_TYPE
 from tritonmind_tools.api_server.protocol import ChatBody, CompletionBody, EncodeBody, InteractiveBody
 from tritonmind_tools.api_server.replies import Reply
+from tritonmind_tools.api_server.response_input import ResponsesBody
 
 DEFAULT_MAX_BODY_BYTES = 32 << 20
 TITLE = "tritonmind"
@@ -120,6 +121,13 @@ def _add_generation(app: FastAPI, backend: Backend, settings: Settings) -> None:
             answer = chat.ChatAnswer(body, backend, dialect)
         return Reply(answer.write, answer.names)
 
+    @app.post("/v1/responses", tags=["OpenAI"], summary="The next message of a conversation, as items")
+    async def model_responses(body: ResponsesBody) -> Response:
+        _check_model(backend, body.model)
+        with told(responses.NAMES):
+            answer = responses.ResponsesAnswer(body, backend, dialect)
+        return Reply(answer.write, answer.names)
+
     @app.post("/v1/completions", tags=["OpenAI"], summary="What follows a text")
     async def text_completions(body: CompletionBody) -> Response:
         _check_model(backend, body.model)
@@ -152,14 +160,6 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/encode", tags=["LMDeploy"], summary="Token ids of texts")
     async def encode(body: EncodeBody) -> dict[str, Any]:
         return _encoded(body, backend)
-
-    @app.post("/v1/responses", tags=["OpenAI"], summary="Refused: send /v1/chat/completions", include_in_schema=False)
-    async def responses() -> Response:
-        raise ApiError(
-            400,
-            "/v1/responses is not served: send the conversation to /v1/chat/completions",
-            code="unsupported_operation",
-        )
 
     @app.post("/v1/embeddings", tags=["OpenAI"], summary="Refused: the model generates text", include_in_schema=False)
     async def embeddings() -> Response:

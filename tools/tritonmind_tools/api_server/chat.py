@@ -108,7 +108,10 @@ class Choice:
 
 
 class ChatAnswer:
-    """A request for a conversation's next message, and how its answer is written. Raises ApiError."""
+    """A request for a conversation's next message, and how its answer is written. Raises ApiError.
+
+    request: as the backend takes it. choices: the answers in the making.
+    """
 
     def __init__(self, body: ChatBody, backend: Backend, dialect: Dialect) -> None:
         self._body = body
@@ -118,14 +121,14 @@ class ChatAnswer:
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "goes with stream=true")
-        self._request = self._parsed()
+        self.request = self._parsed()
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": body.model,
         }
-        self._choices = [self._new_choice() for _ in range(self._request.params.n)]
+        self.choices = [self._new_choice() for _ in range(self.request.params.n)]
         self._usage = Usage()
 
     @property
@@ -135,17 +138,17 @@ class ChatAnswer:
 
     async def write(self, writer: Writer) -> None:
         """Answer, all at once or as it comes."""
-        async with aclosing(self._backend.answer(self._request)) as batches:
+        async with aclosing(self._backend.answer(self.request)) as batches:
             await (self._stream if self._body.stream else self._collect)(batches, writer)
 
     async def _collect(self, batches: AsyncGenerator[list[Delta], None], writer: Writer) -> None:
-        messages: list[dict[str, Any]] = [{"role": "assistant", "content": "", "refusal": None} for _ in self._choices]
-        positions: list[list[dict[str, Any]]] = [[] for _ in self._choices]
-        reasons = ["stop"] * len(self._choices)
+        messages: list[dict[str, Any]] = [{"role": "assistant", "content": "", "refusal": None} for _ in self.choices]
+        positions: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        reasons = ["stop"] * len(self.choices)
         async for batch in batches:
             self._usage.add(batch)
             for delta in batch:
-                for part in self._choices[delta.index].push(delta):
+                for part in self.choices[delta.index].push(delta):
                     _add_part(messages[delta.index], part)
                 if self._body.logprobs:
                     positions[delta.index] += self._logprobs(delta)
@@ -183,7 +186,7 @@ class ChatAnswer:
         if self._body.logprobs and delta.logprobs:
             logprobs = {"content": self._logprobs(delta), "refusal": None}
         chunks = []
-        parts = self._choices[delta.index].push(delta)
+        parts = self.choices[delta.index].push(delta)
         for part in parts or ([Part("content", "")] if logprobs else []):
             chunks.append(self._chunk(delta.index, _delta_of(part), logprobs))
             logprobs = None
@@ -210,7 +213,7 @@ class ChatAnswer:
 
     def _finish_reason(self, delta: Delta) -> str | None:
         reason = "stop" if delta.finish_reason == "cancelled" else delta.finish_reason
-        calls = self._choices[delta.index].calls
+        calls = self.choices[delta.index].calls
         if reason == "stop" and calls is not None and calls.num_calls and not self._tools.named:
             return "tool_calls"
         return reason
@@ -222,8 +225,8 @@ class ChatAnswer:
             one = self._tools.forced or self._body.parallel_tool_calls is False
             calls = ToolCallParser(form, self._tools.names, max_calls=1 if one else None)
         reasoning = None
-        if self._dialect.has_reasoning and self._request.params.guided is None:
-            variables = self._request.template_variables
+        if self._dialect.has_reasoning and self.request.params.guided is None:
+            variables = self.request.template_variables
             reasoning = ReasoningParser(inside=self._dialect.starts_inside(variables))
         return Choice(reasoning, calls)
 
