@@ -268,6 +268,7 @@ def test_warp_groups_are_for_hopper_and_fill_it() -> None:
     few, many = found(hopper, 256), found(hopper, 512)
     assert (few.warp_groups, few.splits) == (many.warp_groups, 2 * many.splits) == (2, 2)
     assert found(hopper, 256, n=12288).warp_groups == 3
+    assert found(hopper, 10**6).block_m == 256
 
 
 def test_forced_tiles_hold_for_a_while() -> None:

@@ -9,8 +9,10 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUP_WARPS = 4
+ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.int32: gl.int32}
 # Registers of a thread: two multiplying groups need many, the fetching warp leaves them its own.
 GROUP_REGISTERS = gl.constexpr(240)
 FETCH_REGISTERS = gl.constexpr(24)
@@ -33,8 +35,18 @@ def store(out_desc, out_tile, values, row, column):
     store_tile(out_desc, [row, column], out_tile)
 
 
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of a matrix that is moved in tiles of [rows, columns]; it and its rows begin at multiples of 16 bytes.
+
+    What TensorDescriptor.from_tensor gives, whose checks of each tensor take the host longer than the launch.
+    """
+    found = object.__new__(TensorDescriptor)
+    tile = _tile(rows, columns, tensor.dtype)
+    found.__dict__ = {**tile, "base": tensor, "shape": tensor.shape, "strides": tensor.stride()}
+    return found
+
+
 @functools.cache
-def tile_sizes(rows: int, columns: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Size of the tiles that a tensor of 2-byte elements is moved in, and their layout in shared memory."""
-    size = [rows, columns]
-    return size, gl.NVMMASharedLayout.get_default_for(size, gl.float16 if dtype == torch.float16 else gl.bfloat16)
+def _tile(rows: int, columns: int, dtype: torch.dtype) -> dict[str, object]:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[dtype])
+    return vars(TensorDescriptor.from_tensor(torch.empty(rows, columns, dtype=dtype), [rows, columns], layout))

@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonmind.kernels import pdl, tuning
 from tritonmind.kernels.gluon_hopper import (
@@ -33,9 +32,9 @@ from tritonmind.kernels.gluon_hopper import (
     GROUP_REGISTERS,
     GROUP_WARPS,
     barrier,
+    descriptor,
     fetch_tile,
     store,
-    tile_sizes,
 )
 
 GROUP_ROWS = gl.constexpr(64)
@@ -158,9 +157,9 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.T
     num_rows, n = out.shape
     if not num_rows:
         return out
-    x_desc = TensorDescriptor.from_tensor(x, *tile_sizes(GROUP_ROWS.value, BLOCK_K, x.dtype))
-    weight_desc = TensorDescriptor.from_tensor(weight, *tile_sizes(BLOCK_N, BLOCK_K, x.dtype))
-    out_desc = TensorDescriptor.from_tensor(out, *tile_sizes(GROUP_ROWS.value, BLOCK_N, x.dtype))
+    x_desc = descriptor(x, GROUP_ROWS.value, BLOCK_K)
+    weight_desc = descriptor(weight, BLOCK_N, BLOCK_K)
+    out_desc = descriptor(out, GROUP_ROWS.value, BLOCK_N)
     num_row_tiles = triton.cdiv(num_rows, 2 * GROUP_ROWS.value)
     num_tiles = num_row_tiles * triton.cdiv(n, BLOCK_N)
     use_pdl = pdl.use_pdl(x.device)

@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonmind.kernels import pdl, tuning, w4_layout
 from tritonmind.kernels.gluon_hopper import (
@@ -33,9 +32,9 @@ from tritonmind.kernels.gluon_hopper import (
     GROUP_REGISTERS,
     GROUP_WARPS,
     barrier,
+    descriptor,
     fetch_tile,
     store,
-    tile_sizes,
 )
 from tritonmind.kernels.tile_table import Tile
 from tritonmind.kernels.triton_w4_linear import ASM_HIGH_SCALED, ASM_LOW_SCALED
@@ -392,23 +391,17 @@ def multiply(
     # Partial sums go another way.
     stored = x if is_split else out
     width = OUT_FEATURES.value if not weight.is_gated else min(OUT_FEATURES.value, tile.block_n // 2)
-    x_desc = TensorDescriptor.from_tensor(x, *tile_sizes(tile.block_m, LINE_K.value, x.dtype))
-    out_desc = TensorDescriptor.from_tensor(stored, *tile_sizes(tile.block_m, width, x.dtype))
+    x_desc = descriptor(x, tile.block_m, LINE_K.value)
+    words_desc = descriptor(weight.words.view(-1, WORDS.value), WORD_ROWS.value, WORDS.value)
+    out_desc = descriptor(stored, tile.block_m, width)
     num_row_tiles = triton.cdiv(num_rows, tile.block_m)
     block_n = tile.warp_groups * tile.block_n
     num_tiles = num_row_tiles * triton.cdiv(weight.n, block_n) * tile.splits
     use_pdl = pdl.use_pdl(x.device)
     _w4_many_rows_kernel[(min(tuning.card(x.device).num_sms, num_tiles),)](
-        x_desc, _words_descriptor(weight.words), weight.params, bias, out_desc, out, num_row_tiles, num_rows,
+        x_desc, words_desc, weight.params, bias, out_desc, out, num_row_tiles, num_rows,
         N=weight.n, K=weight.k, GROUP=weight.group_size, GATED=weight.is_gated, ADD=add, BLOCK_M=tile.block_m,
         BLOCK_N=block_n, WIDTH=tile.block_n, SPLITS=tile.splits, NUM_SLOTS=tile.num_stages,
         HALVES=2 if tile.num_stages == 2 else 1, PDL=use_pdl, num_warps=GROUP_WARPS, launch_pdl=use_pdl,
     )  # fmt: skip
     return out
-
-
-def _words_descriptor(words: torch.Tensor) -> TensorDescriptor:
-    size = [WORD_ROWS.value, WORDS.value]
-    return TensorDescriptor.from_tensor(
-        words.view(-1, WORDS.value), size, gl.NVMMASharedLayout.get_default_for(size, gl.int32)
-    )

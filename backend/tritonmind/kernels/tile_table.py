@@ -22,13 +22,13 @@ MIN_LONG_RUN = 1536
 # Rows up to which the library serves gate and up: gluon_linear.py's large tiles leave much of the card idle below 400
 # rows, gain a few percent up to here, and take the host longer to launch, which counts where decodes wait.
 GATE_UP_LIBRARY_ROWS = 1024
-# Of gluon_w4_linear.py, by warp groups and a weight's rows for each: microseconds that an H100 took for GROUP_ROWS rows
-# and a block of K at 128 to 512, beside those that a turn takes to begin and to store, and for an element of a further
-# partial sum. In steps from MIN_GROUP_ROWS rows on; up to MAX_GROUP_ROWS the tile that leaves least of a card idle.
-GROUP_TIMES = {(2, 64): 0.75, (3, 64): 1.03, (2, 128): 1.55}
+# Of gluon_w4_linear.py's tiles of GROUP_ROWS rows, by warp groups with 64 rows of the weight each: microseconds that an
+# H100 took for a block of K at 128 to 768 rows, beside those that a turn takes to begin and to store, and for an
+# element of a second partial sum. Up to MAX_FILLED_ROWS the tile is taken that leaves least of a card idle; above,
+# where the card's power is the limit, the one that unpacks least often.
+GROUP_TIMES = {2: 0.75, 3: 1.03}
 GROUP_TURN_TIME, PART_TIME = 3.0, 3.2e-6
-GROUP_SPLITS = 2
-GROUP_ROWS, MIN_GROUP_ROWS, MAX_GROUP_ROWS = 128, 128, 512
+GROUP_ROWS, MIN_GROUP_ROWS, MAX_FILLED_ROWS = 128, 128, 768
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
@@ -146,7 +146,7 @@ def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
         most = max(1, min(wanted, -(-sizes["k"] // w4_layout.BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
         steps.append(Step(max_rows, tile._replace(splits=1 << most.bit_length() - 1)))
     if takes_many_rows(card, sizes):
-        return _in_groups(steps, card, sizes, sizes["n"], GROUP_SPLITS)
+        return _in_groups(steps, card, sizes, sizes["n"], ((2, 1), (3, 1), (2, 2)))
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
@@ -154,32 +154,29 @@ def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
     """SiLU needs whole sums. A program has as many rows of gate as of up."""
     steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps(card)]
     if takes_many_rows(card, sizes):
-        return _in_groups(steps, card, sizes, 2 * sizes["n"], 1)
+        return _in_groups(steps, card, sizes, 2 * sizes["n"], ((2, 1), (3, 1)))
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
-def _in_groups(few: list[Step], card: Card, sizes: Sizes, weight_rows: int, max_splits: int) -> Ladder:
-    """Steps for few rows, and those of gluon_w4_linear.py for more: the tile that leaves the least of a card idle."""
+def _in_groups(
+    few: list[Step], card: Card, sizes: Sizes, weight_rows: int, choices: tuple[tuple[int, int], ...]
+) -> Ladder:
+    """The steps for few rows, and those of gluon_w4_linear.py for more. choices: warp groups and splits."""
     steps = [step for step in few if step.max_rows < MIN_GROUP_ROWS]
     blocks_of_k = -(-sizes["k"] // w4_layout.BLOCK_K)
 
-    def microseconds(tile: Tile, rows: int) -> float:
-        row_tiles, columns = -(-rows // tile.block_m), -(-weight_rows // (tile.warp_groups * tile.block_n))
-        turns = -(-row_tiles * columns * tile.splits // card.num_sms)
-        one = blocks_of_k / tile.splits * GROUP_TIMES[tile.warp_groups, tile.block_n] + GROUP_TURN_TIME
-        return turns * one + (tile.splits - 1) * rows * weight_rows * PART_TIME
+    def microseconds(rows: int, groups: int, splits: int) -> float:
+        num_tiles = -(-rows // GROUP_ROWS) * -(-weight_rows // (64 * groups)) * splits
+        one = blocks_of_k / splits * GROUP_TIMES[groups] + GROUP_TURN_TIME
+        return -(-num_tiles // card.num_sms) * one + (splits - 1) * rows * weight_rows * PART_TIME
 
-    for rows in range(GROUP_ROWS, MAX_GROUP_ROWS + 1, GROUP_ROWS):
-        tiles = [
-            Tile(block_m=GROUP_ROWS, block_n=columns, warp_groups=groups, splits=splits, num_stages=4)
-            for groups, columns in GROUP_TIMES
-            for splits in (range(1, max_splits + 1) if columns == 64 else (1,))
-        ]
-        best = min(tiles, key=lambda tile: microseconds(tile, rows))
-        if steps[-1].tile == best:
+    for rows in range(GROUP_ROWS, MAX_FILLED_ROWS + 1, GROUP_ROWS):
+        groups, splits = min(choices, key=lambda choice: microseconds(rows, *choice))
+        tile = Tile(block_m=GROUP_ROWS, block_n=64, warp_groups=groups, splits=splits, num_stages=4)
+        if steps[-1].tile == tile:
             steps.pop()
-        steps.append(Step(rows, best))
-    return (*steps, Step(UNLIMITED, LIBRARY))
+        steps.append(Step(rows, tile))
+    return (*steps, Step(UNLIMITED, Tile(block_m=256, block_n=64, warp_groups=2, num_stages=2)))
 
 
 def _int8_linear(card: Card, sizes: Sizes) -> Ladder:
