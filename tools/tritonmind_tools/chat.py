@@ -50,9 +50,9 @@ class LocalEngine:
         self._lock = threading.Lock()
         self._llm: LLM | None = self._start()
         info = self._llm.engine.info
-        self.title = (
-            f"{self._llm.model.model_name} on {info.device} in {info.dtype}, {info.max_model_len} tokens of context"
-        )
+        self._name = self._llm.model.model_name
+        self._place = f"on {info.device} in {info.dtype}, {info.max_model_len} tokens of context"
+        self.title = f"{self._name} {self._place}"
 
     def connect(self) -> LocalTransport:
         return LocalTransport(self)
@@ -62,8 +62,8 @@ class LocalEngine:
         if llm is None or not llm.engine.is_alive():
             return Status(is_ready=False, text="the engine has ended; the next question starts it again")
         stats = llm.engine.latest_stats
-        load = f", {stats.num_running} answers running, {stats.num_waiting} waiting" if stats is not None else ""
-        return Status(is_ready=True, text=self.title + load)
+        load = f"{stats.num_running} answers running, {stats.num_waiting} waiting, " if stats is not None else ""
+        return Status(is_ready=True, text=f"{self._name}, {load}{self._place}")
 
     def close(self) -> None:
         with self._lock:

@@ -95,10 +95,9 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.closing(open_source(args)) as source:
         from tritonmind_tools.gradio_app.serve import serve
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             serve(source, host=args.server_name, port=args.server_port, num_answers=args.batch_size, share=args.share)
-        except KeyboardInterrupt:
-            print("Stopped", flush=True)
+    print("Stopped", flush=True)
     return 0
 
 

@@ -47,7 +47,8 @@ CSS = """
 #tm-chat .icon-button-wrapper { border: none; background: transparent; box-shadow: none; }
 #tm-chat .icon-button-wrapper button { background: transparent; }
 #tm-chat .prose { font-size: .95rem; line-height: 1.6; }
-#tm-chat .prose table { display: block; max-width: 100%; overflow-x: auto; border: none; padding: 0; }
+#tm-chat .prose table { display: block; max-width: 100%; overflow-x: auto; border: none; padding: 0;
+  margin-block: .75rem; }
 #tm-chat .prose :is(th, td) { word-break: normal; overflow-wrap: normal; padding: .35rem .75rem; }
 #tm-chat .prose pre, #tm-chat .katex-display { overflow: auto hidden; }
 #tm-box { flex-grow: 0; border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl);
