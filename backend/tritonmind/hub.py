@@ -77,21 +77,18 @@ def _download(repository: str, revision: str | None, path: str) -> Path:
             f"{path}: the hub has no such repository, or shows it only with a token (HF_TOKEN). {remedy}"
         ) from None
     except errors.LocalEntryNotFoundError as error:
-        if _is_offline():
-            raise CheckpointError(
-                f"{path} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub. {remedy}"
-            ) from None
-        raise CheckpointError(
-            f"{path} is not in the cache, and the hub cannot be reached. {remedy} ({error})"
-        ) from None
+        cause = _first_line(error).removeprefix("Got: ")
+        why = "HF_HUB_OFFLINE forbids asking the hub" if _is_offline() else f"the hub cannot be reached ({cause})"
+        raise CheckpointError(f"{path} is not in the cache, and {why}. {remedy}") from None
     # Each version brings the exceptions of another HTTP library; a full disk is the user's to see as it is.
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        cause = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path} cannot be downloaded: {cause[0] if cause else type(error).__name__}. {remedy}"
-        ) from None
+        raise CheckpointError(f"{path} cannot be downloaded: {_first_line(error)}. {remedy}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _is_offline() -> bool:
