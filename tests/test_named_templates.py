@@ -139,6 +139,7 @@ def test_the_checkpoints_own_template_comes_first(internlm: Path, tmp_path: Path
     assert given.source is not None
     given.write(tmp_path)
     assert len(prompt_ids(tmp_path)) > 10
+    assert choose_template(internlm, model_name="InternLM-Chat-7B").source is not None
     for name in ("base", "some-model"):
         assert choose_template(internlm, model_name=name) == ((None, (), ()))
 

@@ -141,6 +141,13 @@ NAMED_TEMPLATES: dict[str, Named] = {
     "yi": Named(_CHATML, "Yi-Chat"),
 }
 
+
+def named_template(model_name: str) -> TurnTemplate | None:
+    """The template of that name, however it is capitalised: LMDeploy has a wizardlM."""
+    named = NAMED_TEMPLATES.get(model_name.lower())
+    return None if named is None else named.template
+
+
 # How a model's name begins, to how the architectures of such checkpoints begin; the longest beginning counts.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "baichuan": ("Baichuan", "BaiChuan"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tritonmind.chat_template import TEMPLATE_FILE, ChatTemplate, find_chat_template
 from tritonmind.errors import ConfigError
-from tritonmind.named_templates import NAMED_TEMPLATES
+from tritonmind.named_templates import NAMED_TEMPLATES, named_template
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.turn_template import TurnTemplate, turn_template_from_json
 
@@ -40,16 +40,18 @@ def choose_template(tokenizer_dir: Path, *, model_name: str, given: str | None =
     """
     if given is not None:
         return _given(given, tokenizer_dir)
-    if model_name in NAMED_TEMPLATES and find_chat_template(tokenizer_dir) is None:
-        return _turns(NAMED_TEMPLATES[model_name].template, tokenizer_dir, model_name)
-    return TemplateChoice()
+    template = named_template(model_name)
+    if template is None or find_chat_template(tokenizer_dir) is not None:
+        return TemplateChoice()
+    return _turns(template, tokenizer_dir, model_name)
 
 
 def _given(given: str, tokenizer_dir: Path) -> TemplateChoice:
     path = Path(given)
     if not path.is_file():
-        if given in NAMED_TEMPLATES:
-            return _turns(NAMED_TEMPLATES[given].template, tokenizer_dir, given)
+        template = named_template(given)
+        if template is not None:
+            return _turns(template, tokenizer_dir, given)
         raise ConfigError(
             f"--chat-template {given} is neither a file nor one of the names that `tritonmind list` prints: "
             f"{', '.join(NAMED_TEMPLATES)}"

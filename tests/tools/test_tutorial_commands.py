@@ -60,7 +60,7 @@ def run(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
 
     def start(path: str, overrides: dict[str, object], *, in_process: bool) -> EngineClient:
-        return start_engine(path, overrides, in_process=True)
+        return start_engine(path, {**overrides, "cache_max_entry_count": 64}, in_process=True)
 
     monkeypatch.setattr(llm, "start_engine", start)
 

@@ -15,7 +15,7 @@ from tritonmind.checkpoints.reading import AUTO, model_config, open_checkpoint, 
 from tritonmind.checkpoints.tokenizer_files import special_token_id
 from tritonmind.config import EngineConfig
 from tritonmind.config_ini import build_engine_config, new_settings
-from tritonmind.named_templates import NAMED_TEMPLATES, contradiction
+from tritonmind.named_templates import contradiction, named_template
 from tritonmind.template_choice import TemplateChoice, choose_template
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 from tritonmind.weight_files import to_stored
@@ -53,7 +53,7 @@ class CheckpointModel:
             special_token_id=lambda role: special_token_id(self._tokenizer_files, role),
         )
         self._template = TemplateChoice()
-        if chat_template is not None or name in NAMED_TEMPLATES:  # else nobody needs the tokenizer's files yet
+        if chat_template is not None or named_template(name) is not None:  # else nobody needs the tokenizer's files yet
             self._template = choose_template(self._tokenizer_files, model_name=name, given=chat_template)
         self.model = dataclasses.replace(model, eos_token_ids=self._template.end_tokens(model.eos_token_ids))
         odd = model_name and contradiction(model_name, self._checkpoint.config["architectures"][0])
