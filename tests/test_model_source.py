@@ -175,3 +175,13 @@ def test_paths_and_options_that_are_wrong(checkpoint: Path, tmp_path: Path) -> N
 def test_where_only_a_workspace_will_do_a_checkpoint_is_told_so(checkpoint: Path) -> None:
     with pytest.raises(WorkspaceError, match=r"is a checkpoint, no workspace: run `tritonmind convert"):
         Workspace.open(checkpoint)
+
+
+def test_a_workspace_keeps_its_name_and_template(checkpoint: Path, tmp_path: Path) -> None:
+    workspace = convert(checkpoint, tmp_path / "workspace")
+    name = Workspace.open(workspace).model.model_name
+    assert open_model(workspace, model_name=name).warnings == ()
+    (warning,) = open_model(workspace, model_name="llama2").warnings
+    assert f"is a workspace of {name}: the name llama2 says nothing" in warning
+    with pytest.raises(ConfigError, match="is a workspace, which has the chat template"):
+        open_model(workspace, chat_template="llama2")

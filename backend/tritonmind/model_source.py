@@ -73,10 +73,14 @@ def open_model(
             "Hugging Face hub, ORGANISATION/NAME"
         )
     if given.is_dir() and not any((given / file).is_file() for file in (CONFIG, PARAMS)):
-        if model_name is not None or chat_template is not None:
+        if chat_template is not None:
             raise ConfigError(
-                f"{given} is a workspace, which has the name and the chat template that `tritonmind convert` gave it: "
+                f"{given} is a workspace, which has the chat template that `tritonmind convert` gave it: "
                 "convert again, edit triton_models/tokenizer/chat_template.jinja in it, or open the checkpoint"
             )
-        return Workspace.open(given)
+        workspace = Workspace.open(given)
+        name = workspace.model.model_name
+        if model_name not in (None, name):
+            workspace.warnings = (f"{given} is a workspace of {name}: the name {model_name} says nothing about it",)
+        return workspace
     return CheckpointModel(given, weight_type=str(dtype), model_name=model_name, chat_template=chat_template)
