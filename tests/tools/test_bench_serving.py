@@ -183,16 +183,18 @@ def test_served_counts_from_when_a_request_was_due() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("given", "front_end"), [(True, "triton"), (False, "triton"), (False, "api_server")])
 def test_self_host_compares_the_server_with_the_bare_engine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool, front_end: str
 ) -> None:
-    need_server()
+    if front_end == "triton":
+        need_server()
     report = tmp_path / "report.json"
     # A workspace has num_threads from its own config.pbtxt.
     what = [str(make_workspace(tmp_path))] if given else ["--shape", "tiny", "--engine-options", "num_threads=1"]
     options = ["--concurrency", "3", "--input-len", "9", "--output-len", "12", "--rounds", "1", "--processes", "2"]
     engine = ["--max-batch", "4", "--engine-options", "session_len=64"]
+    what += ["--front-end", front_end]
     assert main(["bench", "serving", "--self-host", *what, *options, *engine, "--json", str(report)]) == 0
     results = json.loads(report.read_text())
     server, bare = results["rows"]
