@@ -58,7 +58,7 @@ class PromptBuilder:
             assert self._chat_template is not None
             return self._chat_template.render(conversation, tools=request.tools, variables=request.template_variables)
 
-        text = _next_turn(render, turns, messages) if turns else render(messages)
+        text = next_turn(render, turns, messages) if turns else render(messages)
         self._check_size("messages", text, max_model_len)
         if turn is None or not turns:
             return Prompt(self._tokenizer.encode(text, add_special_tokens=False), text)
@@ -79,7 +79,7 @@ class PromptBuilder:
             )
 
 
-def _next_turn(render: Callable[[list[Message]], str], turns: list[ChatTurn], messages: list[Message]) -> str:
+def next_turn(render: Callable[[list[Message]], str], turns: list[ChatTurn], messages: list[Message]) -> str:
     """What the template writes between the last answer and the next: the end of that answer, and `messages`.
 
     The answers are in the history as token ids, so a mark stands for the last one, and the text behind it is wanted.

@@ -141,9 +141,9 @@ def test_others_in_the_batch_are_as_without_it(served: Served) -> None:
 
     requests = []
     for number in range(4):
-        requests.append(served.llm._request(PROMPTS[number % 3], SamplingParams(seed=number, **options)))
+        requests.append(served.llm.request(PROMPTS[number % 3], SamplingParams(seed=number, **options)))
         guided = SamplingParams(seed=9, max_tokens=400, temperature=1.0, **regex(EXPRESSIONS[0]))
-        requests.append(served.llm._request(PROMPTS[number % 3], guided))
+        requests.append(served.llm.request(PROMPTS[number % 3], guided))
     for request in requests:
         served.llm.engine.submit(request, take)
     for _ in requests:
@@ -187,7 +187,7 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_only(
             if output.finish_reason is not None:
                 done[name].set()
 
-        served.llm.engine.submit(served.llm._request(PROMPTS[0], params), take)
+        served.llm.engine.submit(served.llm.request(PROMPTS[0], params), take)
 
     submit("other", SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
     submit("guided", SamplingParams(max_tokens=400, temperature=1.0, seed=1, **regex(expression)))
@@ -212,7 +212,7 @@ def test_a_slow_compilation_holds_up_nobody_and_can_be_cancelled(
         return compile_one(self, guided)
 
     params = SamplingParams(max_tokens=400, temperature=1.0, seed=1, **regex("slow|x"))
-    requests = [served.llm._request(PROMPTS[0], params) for _ in range(2)]
+    requests = [served.llm.request(PROMPTS[0], params) for _ in range(2)]
     monkeypatch.setattr(GrammarCompiler, "_compile", compile_slowly)
     outputs: list[list[TokenOutput]] = [[], []]
     ended = threading.Semaphore(0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeAlias
@@ -125,43 +127,72 @@ class LLM:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Answer all prompts, batched together; answers in the order of the prompts, n in a row for each."""
-        params = params or SamplingParams()
         outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
-        answers: dict[int, _Answer] = {}
-        try:
+        with self._batch(params or SamplingParams()) as batch:
             for prompt in prompts:
-                first = self._request(prompt, params)
-                stream = text_stream(self.tokenizer, params)
-                for request in siblings(first, params.n):
-                    self.engine.submit(request, outputs.put)
-                    answers[request.request_id] = _Answer(request, stream.sibling())
-            while not all(answer.stream.finished for answer in answers.values()):
-                output = outputs.get()
-                answer = answers[output.request_id]
-                if not answer.stream.finished:
-                    self._take(answer, output)
-        finally:
-            self.engine.abort([number for number, answer in answers.items() if not answer.stream.finished])
-        return [answer.completion() for answer in answers.values()]
+                batch.submit(prompt, outputs.put)
+            while not batch.finished:
+                batch.take(outputs.get())
+            return batch.completions()
+
+    async def generate_async(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """As `generate`, without holding up the event loop. Cancelling the task cancels what is not answered yet."""
+        outputs, put = inbox()
+        with self._batch(params or SamplingParams()) as batch:
+            for prompt in prompts:
+                batch.submit(prompt, put)
+            while not batch.finished:
+                batch.take(await outputs.get())
+            return batch.completions()
 
     def stream_infer(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamDelta, None, None]:
         """Answer one prompt piece by piece, n of 1. Leaving early cancels the rest."""
-        params = params or SamplingParams()
-        if params.n != 1:
-            raise InvalidRequestError("n", params.n, "a stream is one answer: call generate, or stream n times")
-        request = self._request(prompt, params)
-        answer = _Answer(request, text_stream(self.tokenizer, params))
-        for output in self.engine.stream(request):
-            delta = self._take(answer, output)
-            yield StreamDelta(
-                **vars(delta),
-                num_prompt_tokens=len(request.prompt_token_ids),
-                num_cached_tokens=answer.num_cached_tokens,
-            )
+        answer = self._new_answer(prompt, params or SamplingParams())
+        for output in self.engine.stream(answer.request):
+            yield self._streamed(answer, output)
             if answer.stream.finished:
                 return
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
+    async def stream_infer_async(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncGenerator[StreamDelta, None]:
+        """As `stream_infer`, without holding up the event loop."""
+        outputs, put = inbox()
+        answer = self._new_answer(prompt, params or SamplingParams())
+        number = answer.request.request_id
+        self.engine.submit(answer.request, put)
+        try:
+            while not answer.stream.finished:
+                yield self._streamed(answer, await outputs.get())
+        finally:
+            if not answer.stream.finished:
+                self.engine.abort([number])
+
+    @contextmanager
+    def _batch(self, params: SamplingParams) -> Iterator[_Batch]:
+        """Answers in the making; those that are not finished at the end are given up."""
+        batch = _Batch(self, params)
+        try:
+            yield batch
+        finally:
+            batch.give_up()
+
+    def _new_answer(self, prompt: Prompt, params: SamplingParams) -> _Answer:
+        """Of a stream."""
+        if params.n != 1:
+            raise InvalidRequestError("n", params.n, "a stream is one answer: call generate, or stream n times")
+        return _Answer(self.request(prompt, params), text_stream(self.tokenizer, params))
+
+    def _streamed(self, answer: _Answer, output: TokenOutput) -> StreamDelta:
+        delta = self._take(answer, output)
+        return StreamDelta(
+            **vars(delta),
+            num_prompt_tokens=len(answer.request.prompt_token_ids),
+            num_cached_tokens=answer.num_cached_tokens,
+        )
+
+    def request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
+        """What the engine is sent for a prompt. Raises InvalidRequestError."""
         return resolve(
             params,
             self.defaults,
@@ -198,6 +229,45 @@ class LLM:
         return delta
 
 
-def pipeline(model_path: str, **overrides: object) -> LLM:
-    """The LLM of a workspace or a checkpoint, as `LLM(model_path, **overrides)`."""
-    return LLM(model_path, **overrides)  # type: ignore[arg-type]
+class _Batch:
+    """The answers of one call of `generate`, by the engine's numbers of their requests."""
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self._llm = llm
+        self._params = params
+        self._answers: dict[int, _Answer] = {}
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.stream.finished for answer in self._answers.values())
+
+    def submit(self, prompt: Prompt, on_output: Callable[[TokenOutput], None]) -> None:
+        first = self._llm.request(prompt, self._params)
+        stream = text_stream(self._llm.tokenizer, self._params)
+        for request in siblings(first, self._params.n):
+            self._llm.engine.submit(request, on_output)
+            self._answers[request.request_id] = _Answer(request, stream.sibling())
+
+    def take(self, output: TokenOutput) -> None:
+        answer = self._answers[output.request_id]
+        if not answer.stream.finished:
+            self._llm._take(answer, output)
+
+    def completions(self) -> list[Completion]:
+        return [answer.completion() for answer in self._answers.values()]
+
+    def give_up(self) -> None:
+        self._llm.engine.abort([number for number, answer in self._answers.items() if not answer.stream.finished])
+
+
+def inbox() -> tuple[asyncio.Queue[TokenOutput], Callable[[TokenOutput], None]]:
+    """A queue of the running event loop, and how another thread puts something into it."""
+    loop = asyncio.get_running_loop()
+    outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
+
+    def put(output: TokenOutput) -> None:
+        # A loop that is closed has nobody left who waits.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+    return outputs, put
