@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import zmq
 
-import tritonmind
 from tritonmind.engine.client import EngineClient
 from tritonmind.errors import TritonmindError, UnavailableError
 from tritonmind.messages import FromEngine, ToEngine
@@ -130,7 +129,7 @@ def _version_of(python: str) -> str | None:
 
 def _start_process(python: str, setup: dict[str, object]) -> subprocess.Popen[bytes]:
     # The engine must be the same code as this client, wherever that was imported from.
-    package_root = str(Path(tritonmind.__file__).resolve().parent.parent)
+    package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [python, "-m", "tritonmind.engine.core_process"],
