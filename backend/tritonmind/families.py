@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+BAICHUAN_13B_WIDTH = 5120
+# Of Baichuan 1, whose head is an ordinary one.
+BAICHUAN_1_VOCAB = 64000
+
 Config = Mapping[str, Any]
 Refuse = Callable[[str], NoReturn]
 
@@ -105,10 +109,6 @@ def _baichuan(config: Config, refuse: Refuse) -> Config:
         refuse("tie_word_embeddings=True")
     return config
 
-
-BAICHUAN_13B_WIDTH = 5120
-# Of Baichuan 1, whose head is an ordinary one.
-BAICHUAN_1_VOCAB = 64000
 
 _BAICHUAN_NAMES = TensorNames(qkv=("self_attn.W_pack",))
 
