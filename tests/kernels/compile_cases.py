@@ -133,7 +133,8 @@ def _tiled(card: Card) -> Iterator[Case]:
             picked = tuning.variants(kernel, DEVICE, max_rows=MAX_ROWS, **named)
             picked += [(tile.block_m, tile) for tile in EXTRA_TILES.get(kernel, ()) if index == 0]
             for number, (rows, tile) in enumerate(picked):
-                apart_from_splits = tile._replace(splits=1)
+                # Parts are stored as the sums are, but for those of warp groups.
+                apart_from_splits = tile if tile.warp_groups else tile._replace(splits=1)
                 if tile.is_whole or (apart_from_splits in seen and 0 < number < len(picked) - 1):
                     continue
                 seen.add(apart_from_splits)

@@ -154,7 +154,7 @@ def product_complaints(report: Report) -> list[str]:
         )
         if report["capability"] == [9, 0] and is_wide and not has(opcodes, "HGMMA"):
             found.append("a loop without the products of a group of warps (HGMMA)")
-        if in_groups and 2 * opcodes["WARPGROUP.DEPBAR.LE"] > sum(
+        if in_groups and 2 * opcodes.get("WARPGROUP.DEPBAR.LE", 0) > sum(
             count for opcode, count in opcodes.items() if opcode.startswith("HGMMA")
         ):
             found.append("a loop that unpacks nothing while it multiplies: each product is waited for")
