@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -17,9 +19,6 @@ import pytest
 import tritonclient.grpc as grpc
 
 from tests.server_fixture import assert_accounts, make_workspace, running
-from tests.tools.api_server.scripted import app_of
-from tests.tools.api_server.scripted import running as running_app
-from tritonmind_tools.api_server.local_backend import LocalBackend
 from tritonmind_tools.embedded_server import EmbeddedServer
 
 pytestmark = pytest.mark.server
@@ -40,9 +39,10 @@ def server(workspace: Path) -> Iterator[EmbeddedServer]:
     assert_accounts(server.log_path)
 
 
-def run(name: str, *arguments: str) -> str:
+def run(name: str, *arguments: str, **environment: str) -> str:
     program = ["bash"] if name.endswith(".sh") else [sys.executable]
-    done = subprocess.run([*program, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=240)
+    command = [*program, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -78,13 +78,39 @@ def test_curl_over_http(server: EmbeddedServer) -> None:
     assert len(events) > 1
 
 
-def test_openai_client(workspace: Path) -> None:
-    backend = LocalBackend(str(workspace), {"num_threads": 1})
-    try:
-        with running_app(app_of(backend)) as url:
-            output = run("openai_client.py", url)
-    finally:
-        backend.close()
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of localhost, signed by itself, with its key in the same file."""
+    path = tmp_path / "localhost.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*command, "-keyout", str(path), "-out", str(tmp_path / "cert")], check=True, capture_output=True)
+    path.write_text(path.read_text() + (tmp_path / "cert").read_text())
+    return path
+
+
+def test_openai_client_over_https(workspace: Path, certificate: Path) -> None:
+    """The command as a user gives it, until Ctrl-C."""
+    command = [
+        sys.executable,
+        "-m",
+        "tritonmind_tools.cli",
+        "serve",
+        "api_server",
+        str(workspace),
+        "--server-port",
+        "0",
+    ]
+    options = ["--server-name", "localhost", "--ssl-certfile", str(certificate), "--engine-options", "num_threads=1"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = iter(server.stdout.readline, "")
+            url = next(line.rpartition(" ")[2].strip() for line in lines if "routes at https://" in line)
+            output = run("openai_client.py", url, SSL_CERT_FILE=str(certificate))
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=60) == 128 + signal.SIGINT
     assert re.search(r"\[\d+ \+ \d+ tokens\]", output)
     assert re.search("city: (Paris|Rome)", output)
     assert len(re.findall(r"^'.*': -?\d", output, re.M)) == 4
