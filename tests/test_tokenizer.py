@@ -61,7 +61,9 @@ def test_texts_round_trip_piece_by_piece(vocabulary: str, text: str, request: py
     tokenizer: Tokenizer = request.getfixturevalue(vocabulary)
     ids = tokenizer.encode(text, add_special_tokens=False)
     streamed = pieces(tokenizer, ids)
-    assert "".join(streamed) == text == tokenizer.vocabulary.backend.decode(ids)
+    # Where a space is written as U+2581, that character cannot be told from one.
+    expected = text.replace("\u2581", " ") if vocabulary == "byte_fallback" else text
+    assert "".join(streamed) == expected == tokenizer.vocabulary.backend.decode(ids)
     # Nothing but the text's own U+FFFD is ever shown, and nothing is left for the end.
     assert "".join(streamed).count("\ufffd") == text.count("\ufffd")
     assert streamed[-1] == ""

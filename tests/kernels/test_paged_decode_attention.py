@@ -205,7 +205,9 @@ def test_ragged_batch_on_the_cpu() -> None:
 def test_large_scores_do_not_overflow(target: Target) -> None:
     pages = make_pages([50], num_kv_heads=1, head_dim=64, block_size=16, target=target)
     q = 100 * target.randn(1, 1, 64)
-    assert_close(paged_decode_attention(q, *pages, softmax_scale=1.0), reference_of(q, pages, 1.0), target.dtype)
+    # Scores of a thousand are rounded to 1e-4 in fp32, and so are the powers of e.
+    bound = torch.float16 if target.dtype == torch.float32 else target.dtype
+    assert_close(paged_decode_attention(q, *pages, softmax_scale=1.0), reference_of(q, pages, 1.0), bound)
 
 
 def test_empty_batch(target: Target) -> None:

@@ -16,11 +16,11 @@ from tests.models import family_cases
 from tests.tools.lite_cases import write_conversations
 from tests.vocabularies import INTERNLM_SYMBOLS, train_sentencepiece, train_tiktoken, write_config
 
+from tritonmind import pipeline
 from tritonmind.config import QuantPolicy, RopeScaling
 from tritonmind.engine import llm
 from tritonmind.engine.client import EngineClient
 from tritonmind.engine.launch import start_engine
-from tritonmind.engine.llm import pipeline
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace

@@ -111,10 +111,10 @@ def test_200_clients_at_once_all_get_their_answers(served: Served) -> None:
 
 def test_a_client_that_goes_frees_the_engine(served: Served) -> None:
     client = served.backend._server._engine.require()
-    body = {"model": MODEL, "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 400, "n": 32, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_raw())
-        assert client.stats().num_running == 1
+        assert client.stats().num_running
     deadline = time.monotonic() + 10
     while client.stats().num_running and time.monotonic() < deadline:
         time.sleep(0.01)
