@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import tritonmind
+from tests.checkpoints import make_llama_checkpoint
 from tests.workspaces import tiny_workspace
-from tritonmind import SamplingParams, pipelines, turbomind
+from tritonmind import SamplingParams, hub, pipelines, turbomind
 from tritonmind import turbomind as tm
 from tritonmind.errors import BusyError, ConfigError, InvalidRequestError, NotFoundError
 from tritonmind.pipelines import Pipeline
@@ -179,6 +180,14 @@ def test_turbomind_refuses_what_it_cannot_do(tm_model: tm.TurboMind) -> None:
         tm.TurboMind.from_pretrained(path, model_format="awq")
     with pytest.raises(ConfigError, match="group_size=64"):
         tm.TurboMind.from_pretrained(path, group_size=64)
+
+
+def test_turbomind_takes_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_llama_checkpoint(tmp_path)
+    monkeypatch.setattr(hub, "_download", lambda *_: tmp_path)
+    options = {"in_process": True, "device": "cpu", "cache_max_entry_count": 64, "num_threads": 1}
+    with tm.TurboMind.from_pretrained("someone/model", model_format="hf", **options) as tm_model:
+        assert len(list(tm_model.create_instance().stream_infer(0, [5, 6], request_output_len=2))) == 1
 
 
 def test_templates_of_turbomind(tm_model: tm.TurboMind, pipe: Pipeline) -> None:

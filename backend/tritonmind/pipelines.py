@@ -55,8 +55,7 @@ class Pipeline(LLM):
         list, as for a list of prompts. Raises InvalidRequestError for a prompt or an option that is wrong.
         """
         params = gen_config or SamplingParams()
-        is_one = is_one_prompt(prompts)
-        wanted = [self.prompt(each, do_preprocess) for each in ([prompts] if is_one else prompts)]
+        wanted, is_one = self._wanted(prompts, do_preprocess)
         completions = self.generate(wanted, params)
         return completions[0] if is_one and params.n == 1 else completions
 
@@ -65,8 +64,7 @@ class Pipeline(LLM):
     ) -> Any:
         """As calling it, without holding up the event loop. Cancelling the task cancels the answers."""
         params = gen_config or SamplingParams()
-        is_one = is_one_prompt(prompts)
-        wanted = [self.prompt(each, do_preprocess) for each in ([prompts] if is_one else prompts)]
+        wanted, is_one = self._wanted(prompts, do_preprocess)
         completions = await self.generate_async(wanted, params)
         return completions[0] if is_one and params.n == 1 else completions
 
@@ -94,6 +92,11 @@ class Pipeline(LLM):
         """As `chat`, without holding up the event loop."""
         messages = _said(prompt, session)
         return _answered(messages, (await self.generate_async([messages], gen_config))[0])
+
+    def _wanted(self, prompts: Any, do_preprocess: bool) -> tuple[list[Prompt], bool]:
+        """What `generate` takes for the prompts, and whether they are one."""
+        is_one = is_one_prompt(prompts)
+        return [self.prompt(each, do_preprocess) for each in ([prompts] if is_one else prompts)], is_one
 
     def prompt(self, prompt: Prompt, do_preprocess: bool = True) -> Prompt:
         """What LLM's methods take for `prompt`: a text that is to go through the chat template becomes a message."""

@@ -30,6 +30,7 @@ from tritonmind.chat_template import ChatTemplate, Message
 from tritonmind.config import ModelConfig
 from tritonmind.engine.llm import LLM, inbox
 from tritonmind.errors import ConfigError, InvalidRequestError, UnavailableError
+from tritonmind.hub import local_model
 from tritonmind.messages import EngineRequest, TokenOutput
 from tritonmind.model_source import open_model
 from tritonmind.prompts import next_turn
@@ -76,9 +77,11 @@ class TurboMind:
         """
         if tp is not None:
             kwargs["tensor_parallel_size"] = tp
-        path = pretrained_model_name_or_path
-        _check_format(open_model(path, model_name=model_name).model, model_format, group_size)
-        return cls(LLM(path, model_name=model_name, **kwargs))  # type: ignore[arg-type]
+        path, name = local_model(pretrained_model_name_or_path)
+        name = model_name or name
+        if model_format is not None or group_size:
+            _check_format(open_model(path, model_name=name).model, model_format, group_size)
+        return cls(LLM(str(path), model_name=name, **kwargs))  # type: ignore[arg-type]
 
     @property
     def session_len(self) -> int:
@@ -139,12 +142,9 @@ class TurboMindInstance:
         """
         outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         params = _sampling(request_output_len, top_p, top_k, temperature, repetition_penalty, ignore_eos, random_seed)
-        session = SessionFields(session_id=0, start=sequence_start, end=sequence_end, step=step or None)
-        rows = self._rows(session_id, input_ids)
-        if stop:
-            self._forget(rows)
+        call = self._begin(session_id, input_ids, params, sequence_start, sequence_end, step, stop)
+        if call is None:
             return
-        call = _Call(self.tm_model, rows, session, params)
         try:
             call.submit(outputs.put)
             while not call.finished:
@@ -175,12 +175,9 @@ class TurboMindInstance:
         """As `stream_infer`, without holding up the event loop."""
         outputs, put = inbox()
         params = _sampling(request_output_len, top_p, top_k, temperature, repetition_penalty, ignore_eos, random_seed)
-        session = SessionFields(session_id=0, start=sequence_start, end=sequence_end, step=step or None)
-        rows = self._rows(session_id, input_ids)
-        if stop:
-            self._forget(rows)
+        call = self._begin(session_id, input_ids, params, sequence_start, sequence_end, step, stop)
+        if call is None:
             return
-        call = _Call(self.tm_model, rows, session, params)
         try:
             call.submit(put)
             while not call.finished:
@@ -190,6 +187,27 @@ class TurboMindInstance:
             yield call.outputs()
         finally:
             call.end()
+
+    def _begin(
+        self,
+        session_id: int | Sequence[int],
+        input_ids: Sequence[int] | Sequence[Sequence[int]],
+        params: SamplingParams,
+        start: bool,
+        end: bool,
+        step: int,
+        stop: bool,
+    ) -> _Call | None:
+        """A call whose sessions are reserved; None if it was to forget them."""
+        rows = self._rows(session_id, input_ids)
+        if stop:
+            for number, _ in rows:
+                self.tm_model.sessions.stop(number, forget=True)
+            return None
+        turns = [
+            (SessionFields(session_id=number, start=start, end=end, step=step or None), ids) for number, ids in rows
+        ]
+        return _Call(self.tm_model, turns, params)
 
     def _rows(
         self, session_id: int | Sequence[int], input_ids: Sequence[int] | Sequence[Sequence[int]]
@@ -205,10 +223,6 @@ class TurboMindInstance:
                 "session_id", session_id, f"there are {len(rows)} rows of input_ids: give each a session of its own"
             )
         return [(int(number), [int(i) for i in row]) for number, row in zip(numbers, rows, strict=True)]
-
-    def _forget(self, rows: list[tuple[int, list[int]]]) -> None:
-        for number, _ in rows:
-            self.tm_model.sessions.stop(number, forget=True)
 
 
 @dataclass
@@ -226,17 +240,15 @@ class _Call:
     """The rows of one call. `end` must be called, whatever happened: it frees the sessions."""
 
     def __init__(
-        self, tm_model: TurboMind, rows: list[tuple[int, list[int]]], session: SessionFields, params: SamplingParams
+        self, tm_model: TurboMind, rows: list[tuple[SessionFields, list[int]]], params: SamplingParams
     ) -> None:
         self._tm_model = tm_model
         self._rows: dict[int, _Row] = {}
         self._submitted = False
         turns: list[Turn] = []
         try:
-            for number, token_ids in rows:
-                turn = tm_model.sessions.begin(
-                    SessionFields(session_id=number, start=session.start, end=session.end, step=session.step)
-                )
+            for session, token_ids in rows:
+                turn = tm_model.sessions.begin(session)
                 turns.append(turn)
                 request = tm_model.llm.request([*turn.text_history("input_ids"), *token_ids], params)
                 self._rows[request.request_id] = _Row(turn, request, [])
