@@ -71,7 +71,8 @@ def test_four_bit_weights_over_an_int8_cache_answer_sensibly(
 
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     with running(workspace) as server, TritonClient(server.address) as client:
-        deltas = list(client.generate(messages=messages, options={"temperature": 0, "max_tokens": 40}))
+        deltas = list(client.generate(messages=messages, options={"temperature": 0, "max_tokens": 200}))
         assert "int8 KV cache" in server.log_path.read_text()
     assert_accounts(server.log_path)
     assert "Paris" in "".join(delta.text for delta in deltas)
+    assert deltas[-1].finish_reason == "stop"
