@@ -95,7 +95,8 @@ def test_any_sentencepiece_ids_decode_as_the_library_does(
     ours, theirs = vocabularies[kind], models[kind]
     number = st.one_of(st.integers(1, min(300, ours.vocab_size - 1)), st.integers(1, ours.vocab_size - 1))
     ids = data.draw(st.lists(number, max_size=30))
-    expected = theirs.decode(ids)
+    # Control tokens are left out first, as Transformers does: the library would end a character's bytes at one.
+    expected = theirs.decode([token_id for token_id in ids if not theirs.is_control(token_id)])
     assert streamed(ours, ids) == ours.decode(ids)
     if "\ufffd" in expected:  # the library has one for each byte, we one for each run of them
         assert ours.decode(ids).replace("\ufffd", "") == expected.replace("\ufffd", "")

@@ -113,7 +113,8 @@ def test_a_client_that_goes_frees_the_engine(served: Served) -> None:
     client = served.backend._server._engine.require()
     body = {"model": MODEL, "prompt": "a", "max_tokens": 400, "n": 32, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
-        next(answer.iter_raw())
+        pieces = answer.iter_raw()  # kept: httpx closes the connection of an iterator that is dropped
+        assert next(pieces).startswith(b"data: ")
         assert client.stats().num_running
     deadline = time.monotonic() + 10
     while client.stats().num_running and time.monotonic() < deadline:
