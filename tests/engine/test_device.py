@@ -19,6 +19,8 @@ from tests.model_configs import LLAMA_2_7B
 from tritonmind.config import CacheConfig, EngineConfig, SchedulerConfig
 from tritonmind.engine import device
 from tritonmind.errors import ConfigError
+from tritonmind.kernels import tuning
+from tritonmind.kernels.tile_table import Card
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -31,8 +33,11 @@ TOO_OLD = (
 MODEL = dataclasses.replace(LLAMA_2_7B, model_name="seven")
 CONFIG = EngineConfig(model=MODEL, cache=CacheConfig(), scheduler=SchedulerConfig(max_model_len=4096))
 INT4_CONFIG = dataclasses.replace(
-    CONFIG, model=dataclasses.replace(MODEL, weight_type="int4", group_size=128, unquantized_type="fp16")
+    CONFIG,
+    model=dataclasses.replace(MODEL, weight_type="int4", group_size=128, unquantized_type="fp16"),
+    scheduler=dataclasses.replace(CONFIG.scheduler, max_num_batched_tokens=4096),
 )
+A100, H100 = Card("NVIDIA A100", (8, 0), 108), Card("NVIDIA H100", (9, 0), 132)
 NUM_LINEAR = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 NUM_REST = 2 * 32000 * 4096 + 65 * 4096
 
@@ -251,10 +256,20 @@ def test_weights_are_counted_in_the_type_served() -> None:
     assert device.weight_bytes(CONFIG, torch.float32, CPU) == 4 * (NUM_LINEAR + NUM_REST)
 
 
-def test_weights_in_4_bits_are_counted_with_the_largest_in_16() -> None:
-    """Gate and up, which are written out as one. On a CPU all of them are."""
-    expected = NUM_LINEAR * 0.53125 + 2 * NUM_REST + 2 * 4096 * 22016
-    assert device.weight_bytes(INT4_CONFIG, torch.float16, CUDA) == expected
+@pytest.mark.parametrize(("card", "tokens", "scratch"), [(A100, 4096, 4096 * 22016), (A100, 64, 0), (H100, 4096, 0)])
+def test_weights_in_4_bits_are_counted_with_what_is_written_out(
+    card: Card, tokens: int, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits the largest of them, gate and up as one, where a step's products do that. On a CPU all are."""
+    monkeypatch.setattr(tuning, "card", lambda device: card)
+    config = dataclasses.replace(
+        INT4_CONFIG, scheduler=dataclasses.replace(INT4_CONFIG.scheduler, max_num_batched_tokens=tokens)
+    )
+    assert device.weight_bytes(config, torch.float16, CUDA) == NUM_LINEAR * 0.53125 + 2 * NUM_REST + 2 * scratch
+
+
+def test_weights_in_4_bits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "card", lambda device: A100)
     assert device.weight_bytes(INT4_CONFIG, torch.float32, CPU) == 4 * (NUM_LINEAR + NUM_REST)
     missing = r"take 3\.86 GiB as int4 and 1\.00 GiB .* no other precision takes less: free memory"
     with pytest.raises(ConfigError, match=missing):

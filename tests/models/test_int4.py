@@ -12,11 +12,16 @@ import torch
 
 from tests.models.test_llama import prompt_logits
 from tritonmind.config import EngineConfig
+from tritonmind.engine.device import weight_bytes
 from tritonmind.engine.launch import start_engine
 from tritonmind.engine.model_runner import ModelRunner
+from tritonmind.kernels import tuning
 from tritonmind.kernels.awq_format import AwqWeight, dequantize
+from tritonmind.kernels.tile_table import Card
+from tritonmind.layers.int4_linear import Int4Linear
 from tritonmind.messages import TokenOutput
 from tritonmind.model_source import open_model
+from tritonmind.models.llama import LlamaForCausalLM
 from tritonmind.random_model import RandomModel
 from tritonmind_tools.bench.rounds import greedy_request
 
@@ -57,6 +62,25 @@ def test_logits_are_those_of_the_dequantized_weights() -> None:
     assert expected.std() > 0.1
     torch.testing.assert_close(ours, expected)
     assert not any(kind in name for name in runners[0].model.state_dict() for kind in AwqWeight._fields)
+
+
+@pytest.mark.parametrize(("capability", "max_tokens"), [((8, 0), 4096), ((8, 0), 64), ((9, 0), 4096)])
+def test_what_the_plan_counts_is_what_is_allocated(
+    capability: tuple[int, int], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of the weights: packed ones, what they are written out to, if they are, and the others."""
+    monkeypatch.setattr(tuning, "card", lambda device: Card("one that nobody has tuned", capability, 108))
+    config = RandomModel("random:tiny:int4").engine_config(max_num_batched_tokens=max_tokens)
+    meta = torch.device("meta")
+    model = LlamaForCausalLM(config.model, max_model_len=64, dtype=torch.float16, device=meta)
+    model.finalize()
+    model.share_scratch(max_tokens)
+    products = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    scratches = {id(layer.scratch): layer.scratch.nbytes for layer in products if layer.scratch is not None}
+    assert len(scratches) == (max_tokens > 64 and capability < (9, 0))
+    kept = sum(tensor.nbytes for tensor in model.state_dict().values()) + sum(scratches.values())
+    kept += sum(layer.packed.num_bytes for layer in products if layer.packed is not None)
+    assert kept == weight_bytes(config, torch.float16, meta)
 
 
 def greedy_answers(name: str, prompts: list[list[int]], max_tokens: int, **options: object) -> list[list[int]]:

@@ -6,6 +6,7 @@ choice after the tokens before it, which by induction is the reference's own gre
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.workspaces import convert
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.model_inputs import AttentionMetadata, ModelInputs
+from tritonmind.model_source import open_model
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
@@ -122,6 +124,19 @@ def smollm2_reference() -> LlamaForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
     return model.eval()
+
+
+def test_q_k_and_v_are_gone_when_the_feed_forward_begins() -> None:
+    """They are the most that a layer holds of a long step, beside what the feed-forward block needs."""
+    source = open_model("random:tiny")
+    runner = ModelRunner(source, source.engine_config(device="cpu", cache_max_entry_count=4, max_model_len=64))
+    layer = runner.model.layers[0]
+    made: list[weakref.ref[torch.Tensor]] = []
+    layer.w_qkv.register_forward_hook(lambda _, args, out: made.append(weakref.ref(out)))
+    left: list[torch.Tensor | None] = []
+    layer.w13.register_forward_pre_hook(lambda _, args: left.append(made[0]()))
+    prompt_logits(runner, [5, 6, 7])
+    assert left == [None]
 
 
 def test_smollm2_equals_transformers_on_real_prompts(

@@ -23,7 +23,7 @@ import torch
 from tritonmind.config import INT4_PER_WORD, EngineConfig, ModelConfig
 from tritonmind.engine.host_memory import available_bytes
 from tritonmind.errors import ConfigError
-from tritonmind.kernels import rms_norm
+from tritonmind.kernels import rms_norm, w4_scratch_elements
 from tritonmind.kernels.w4_layout import packed_bytes
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
 
@@ -218,9 +218,10 @@ def explain_triton_failure(error: BaseException) -> str:
 
 
 def weight_bytes(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of one rank's weights once they are on the device in `dtype`; of 4-bit ones with what they are written to.
+    """Bytes of one rank's weights once they are on the device in `dtype`. On a CPU 4-bit ones are dequantised.
 
-    On a CPU 4-bit weights are dequantised.
+    With 4-bit weights also what the largest is written out to in 16 bits, where a step has a product that does that;
+    max_num_batched_tokens must be resolved (not 0).
     """
     linear, rest = _num_weights(config.model, config.tensor_parallel_size)
     int8_head = (
@@ -234,7 +235,9 @@ def weight_bytes(config: EngineConfig, dtype: torch.dtype, device: torch.device)
         if name.endswith(".qweight"):
             k, n = spec.shape[0], spec.shape[1] * INT4_PER_WORD
             packed += packed_bytes(n, k, config.model.group_size)
-            scratch = max(scratch, n * k * (2 if ".w1." in name else 1))  # gate and up are one
+            kernel = "w4_gate_up" if ".w1." in name or ".w3." in name else "w4_linear"
+            sizes = n, k, config.model.group_size
+            scratch = max(scratch, w4_scratch_elements(kernel, *sizes, config.scheduler.max_num_batched_tokens, device))
     return packed + (scratch + rest) * dtype.itemsize + int8_head
 
 

@@ -151,6 +151,7 @@ class ModelRunner:
             device=self.device,
             lm_head_int8=config.lm_head_int8,
         )
+        self.model.share_scratch(config.scheduler.max_num_batched_tokens)
         max_num_seqs = config.scheduler.max_num_seqs
         # The last limit is that of any sequence.
         self.rope_limits = rope_limits(config.model, config.scheduler.max_model_len)[:-1]

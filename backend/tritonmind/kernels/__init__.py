@@ -30,7 +30,7 @@ from tritonmind.kernels.step_inputs import (
     write_block_tables,
 )
 from tritonmind.kernels.token_mask import mask_tokens, mask_words
-from tritonmind.kernels.w4_linear import w4_gate_up, w4_linear, w4_variants
+from tritonmind.kernels.w4_linear import w4_gate_up, w4_linear, w4_scratch_elements, w4_variants
 
 __all__ = [
     "PROMPT_FLAG",
@@ -70,6 +70,7 @@ __all__ = [
     "token_logprobs",
     "w4_gate_up",
     "w4_linear",
+    "w4_scratch_elements",
     "w4_variants",
     "write_block_tables",
 ]

@@ -113,6 +113,17 @@ def w4_variants(kernel: str, n: int, k: int, group_size: int, max_rows: int, dev
     return found + [rows for rows in handed_over if tuning.tile(kernel, device, rows=rows, **sizes).is_whole]
 
 
+def w4_scratch_elements(kernel: str, n: int, k: int, group_size: int, max_rows: int, device: torch.device) -> int:
+    """How large a scratch w4_linear or w4_gate_up uses for up to `max_rows` rows on a GPU.
+
+    n: of w4_gate_up rows of gate, as many as of up. 0 where no tile for so many rows writes the weight out.
+    """
+    picked = tuning.variants(kernel, device, max_rows=max_rows, n=n, k=k, group_size=group_size)
+    if not any(tile.is_whole for _, tile in picked):
+        return 0
+    return n * k * (2 if kernel == "w4_gate_up" else 1)
+
+
 def _check(x: torch.Tensor, weight: PackedWeight, scratch: torch.Tensor | None) -> None:
     check_ndim("x", x, 2)
     check_tensor("x", x, (len(x), weight.k), weight.dtype, weight.words.device)

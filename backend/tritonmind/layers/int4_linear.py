@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from tritonmind.kernels import silu_mul, w4_gate_up, w4_linear, w4_variants
+from tritonmind.kernels import silu_mul, w4_gate_up, w4_linear, w4_scratch_elements, w4_variants
 from tritonmind.kernels.awq_format import NIBBLES_PER_WORD, AwqWeight, dequantize
 from tritonmind.kernels.w4_layout import PackedWeight, pack
 from tritonmind.layers.linear import Product
@@ -18,6 +18,7 @@ class Int4Linear(Product):
     packed: the weight as kernels read it, on a GPU after `finalize`. scratch: see share_scratch.
     """
 
+    kernel = "w4_linear"  # by its name in kernels/tile_table.py
     qweight: torch.Tensor | None
     qzeros: torch.Tensor | None
     scales: torch.Tensor | None
@@ -63,7 +64,16 @@ class Int4Linear(Product):
 
     def row_variants(self, max_rows: int) -> list[int]:
         """See Product.row_variants."""
-        return w4_variants("w4_linear", self.out_features, self.in_features, self.group_size, max_rows, self.device)
+        return w4_variants(self.kernel, *self._sizes, max_rows, self.device)
+
+    def scratch_elements(self, max_rows: int) -> int:
+        """How large a scratch up to `max_rows` rows use on a GPU; 0 for none."""
+        return w4_scratch_elements(self.kernel, *self._sizes, max_rows, self.device)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """n, k and group size of the kernel's tiles."""
+        return self.out_features // self.num_parts, self.in_features, self.group_size
 
     def _on_gpu(
         self, x: torch.Tensor, partial_sums: bool, add_to: torch.Tensor | None, out: torch.Tensor | None
@@ -77,18 +87,13 @@ class Int4Linear(Product):
 class Int4GatedLinear(Int4Linear):
     """y = silu(x @ gate.T) * (x @ up.T), its two parts the gate and up."""
 
+    kernel = "w4_gate_up"
     num_parts = 2
 
     def __init__(
         self, in_features: int, out_features: int, *, group_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(in_features, 2 * out_features, group_size=group_size, bias=False, dtype=dtype, device=device)
-
-    def row_variants(self, max_rows: int) -> list[int]:
-        """See Product.row_variants."""
-        return w4_variants(
-            "w4_gate_up", self.out_features // 2, self.in_features, self.group_size, max_rows, self.device
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [num_tokens, in_features] -> [num_tokens, out_features], same dtype."""
@@ -98,15 +103,15 @@ class Int4GatedLinear(Int4Linear):
         return w4_gate_up(x, self.packed, scratch=self.scratch)
 
 
-def share_scratch(layers: Iterable[Int4Linear]) -> None:
-    """Give layers of one device memory for the largest of their weights in 16 bits, for products of many rows.
+def share_scratch(layers: Iterable[Int4Linear], max_rows: int) -> None:
+    """Give those layers of one device that write their weight out in 16 bits for up to `max_rows` rows room for it.
 
-    The layers run one after the other. Nothing is allocated on a CPU.
+    The layers run one after the other. Where none does, as on a CPU, nothing is allocated.
     """
-    packed = [layer.packed for layer in layers if layer.packed is not None]
-    if not packed:
+    sizes = {layer: layer.scratch_elements(max_rows) for layer in layers if layer.packed is not None}
+    writers = [layer for layer, size in sizes.items() if size]
+    if not writers:
         return
-    size = max(weight.n * weight.k for weight in packed)
-    scratch = torch.empty(size, dtype=packed[0].dtype, device=packed[0].words.device)
-    for layer in layers:
+    scratch = torch.empty(max(sizes.values()), dtype=writers[0].dtype, device=writers[0].device)
+    for layer in writers:
         layer.scratch = scratch

@@ -64,9 +64,10 @@ class LlamaLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """rows: [n] int32, the tokens that the results are wanted of; None for all. K and V are written of all."""
         x, residual = self.attention_norm(x, residual)
-        # What comes out of w_qkv, wo and w2 may be partial sums: the kernel that reads it adds them up.
-        qkv = self.w_qkv(x, partial_sums=True)
-        x = self.attention(qkv, table, inputs.positions, kv_cache, inputs.attention)
+        # What comes out of w_qkv, wo and w2 may be partial sums: the kernel that reads it adds them up. All go by one
+        # name, so that none outlives its reader: q, k and v are as large as anything in a layer.
+        x = self.w_qkv(x, partial_sums=True)
+        x = self.attention(x, table, inputs.positions, kv_cache, inputs.attention)
         if rows is not None:
             x, residual = gather_rows(x, rows), gather_rows(residual, rows)
         x, residual = self.ffn_norm(self.wo(x, partial_sums=True, add_to=residual), residual)
@@ -153,7 +154,10 @@ class LlamaForCausalLM(nn.Module):
         products = [module for module in self.modules() if isinstance(module, Product)]
         for product in products:
             product.finalize()
-        share_scratch([product for product in products if isinstance(product, Int4Linear)])
+
+    def share_scratch(self, max_tokens: int) -> None:
+        """Room for 4-bit weights that steps of up to `max_tokens` tokens write out, if any do; after `finalize`."""
+        share_scratch([module for module in self.modules() if isinstance(module, Int4Linear)], max_tokens)
 
 
 def _linear(

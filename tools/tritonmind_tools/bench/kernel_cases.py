@@ -37,7 +37,8 @@ NUM_TOP_LOGPROBS = 5
 TOKENS_PER_BLOCK_WRITE = BLOCK_SIZE  # a decoding sequence takes a new block once in so many steps
 # Of tritonmind.kernels, but no launchers: sizes, and noise for the CPU; the card's is part of sample_tokens.
 NOT_MEASURED = {
-    "attention_variants", "gumbel_noise", "mask_words", "philox_uniform", "product_variants", "w4_variants",
+    "attention_variants", "gumbel_noise", "mask_words", "philox_uniform", "product_variants",
+    "w4_scratch_elements", "w4_variants",
 }  # fmt: skip
 
 
@@ -130,14 +131,14 @@ def _int4_bytes(n: int, k: int, shape: Shape) -> float:
     return n * k * (0.5 + 2.5 / shape.group_size)
 
 
-def _filled(layer: Int4Linear) -> Int4Linear:
-    """The layer with random levels, ready for use."""
+def _filled(layer: Int4Linear, rows: int) -> Int4Linear:
+    """The layer with random levels, ready for use with so many rows."""
     weight = AwqWeight(layer.qweight, layer.qzeros, layer.scales)  # type: ignore[arg-type]
     for words in (weight.qweight, weight.qzeros):
         words.random_(-(1 << 31), (1 << 31) - 1)
     weight.scales.uniform_(0.001, 0.01)
     layer.finalize()
-    share_scratch([layer])
+    share_scratch([layer], rows)
     return layer
 
 
@@ -149,7 +150,7 @@ def _int4_linear(in_features: Callable[[Shape], int], out_features: Callable[[Sh
             layer = Int4Linear(
                 k, n, group_size=setting.shape.group_size, bias=False, dtype=setting.dtype, device=setting.device
             )
-            linear, x = _filled(layer), random(setting, rows, k)
+            linear, x = _filled(layer, rows), random(setting, rows, k)
             return lambda: linear(x, partial_sums=True)
 
         return Case(_int4_bytes(n, k, setting.shape) + rows * (k + n) * setting.dtype.itemsize, 2 * rows * k * n, make)
@@ -162,7 +163,7 @@ def _int4_gate_up(setting: Setting, point: Point) -> Case:
 
     def make() -> Callable[[], object]:
         layer = Int4GatedLinear(k, n, group_size=setting.shape.group_size, dtype=setting.dtype, device=setting.device)
-        linear, x = _filled(layer), random(setting, rows, k)
+        linear, x = _filled(layer, rows), random(setting, rows, k)
         return lambda: linear(x)
 
     return Case(_int4_bytes(2 * n, k, setting.shape) + rows * (k + n) * setting.dtype.itemsize, 4 * rows * k * n, make)
