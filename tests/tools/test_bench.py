@@ -72,7 +72,7 @@ def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch: pytes
         ("benchmarks/README.md", 7),
         ("benchmarks/cpu.md", 1),
         ("benchmarks/accuracy.md", 6),
-        ("benchmarks/memory.md", 2),
+        ("benchmarks/memory.md", 4),
     ],
 )
 def test_commands_of_the_pages_are_understood(page: str, num_commands: int) -> None:

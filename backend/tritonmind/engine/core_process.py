@@ -18,7 +18,9 @@ import traceback
 import msgspec
 import zmq
 
+from tritonmind.engine.allocator import use_expandable_segments
 from tritonmind.engine.core import EngineCore
+from tritonmind.engine.device import resolve_device
 from tritonmind.engine.loop import run_engine
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import EngineFailed, FromEngine, ToEngine
@@ -60,7 +62,9 @@ def main() -> int:
     try:
         overrides = setup["overrides"]
         source = open_model(setup["model"], dtype=overrides.get("dtype", "auto"))
-        core = EngineCore(source, source.engine_config(**overrides))
+        config = source.engine_config(**overrides)
+        use_expandable_segments(resolve_device(config.device))
+        core = EngineCore(source, config)
         # Weights and modules live as long as we do: keep the collector from walking them during a step.
         gc.collect()
         gc.freeze()
