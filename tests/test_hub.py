@@ -95,6 +95,6 @@ def test_paths_are_never_asked_for(use: Callable[..., None], tmp_path: Path, mon
         use(hub.url)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "org" / "model").mkdir(parents=True)
-        for path in ("org/model", "./org/other", "/org/other", "../org/other", "model", "a/b/c", "random:llama-2-7b"):
+        for path in ("org/model", "./org/other", "/org/other", "../org/other", "model", "a/b/c", "random:llama2-7b"):
             assert local_model(path) == (Path(path), None)
         assert not hub.requests

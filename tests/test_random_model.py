@@ -45,7 +45,8 @@ def test_4_bit_weights_are_those_of_the_layout() -> None:
     """With the mean and the deviation of the others', and with groups that fit."""
     source = open_model("random:tiny:int4")
     assert (source.model.weight_type, source.model.group_size, source.model.float_type) == ("int4", 32, "fp16")
-    assert open_model("random:llama-2-7b:int4").model.group_size == 128
+    assert open_model("random:llama-2-7b:int4").model == open_model("random:llama2-7b:int4").model
+    assert open_model("random:llama2-7b:int4").model.group_size == 128
     found = dict(source.tensors(rank=0))
     specs = common_tensor_specs(source.model) | tensor_specs(source.model, 1, 0)
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
@@ -86,6 +87,19 @@ def test_a_workspace_written_at_once_is_that_of_the_checkpoint(tmp_path: Path) -
     assert workspace.engine_config() == dataclasses.replace(converted.engine_config(), model=workspace.model)
 
 
+def test_a_workspace_with_4_bit_weights_holds_what_is_drawn(tmp_path: Path) -> None:
+    random_checkpoint.write_workspace("tiny:int4", tmp_path / "workspace", durable=False)
+    assert_stored_as_drawn(tmp_path / "workspace", RandomModel("tiny:int4"))
+
+
+def assert_stored_as_drawn(path: Path, source: RandomModel) -> None:
+    workspace = Workspace.open(path)
+    assert workspace.model.weight_type == source.model.weight_type
+    stored, drawn = dict(workspace.tensors(rank=0)), dict(source.tensors(rank=0))
+    assert stored.keys() == drawn.keys()
+    assert all(torch.equal(stored[name], tensor.cpu()) for name, tensor in drawn.items())
+
+
 def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name, from any folder, with sessions longer than its positions."""
     monkeypatch.chdir(tmp_path)
@@ -104,7 +118,7 @@ def test_an_engine_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_it_cannot_be_is_named() -> None:
-    with pytest.raises(ConfigError, match="'random:llama-9' names no known shape; there are random:llama-2-7b, "):
+    with pytest.raises(ConfigError, match="'random:llama-9' names no known shape; there are random:llama2-7b, "):
         open_model("random:llama-9")
     with pytest.raises(
         ConfigError, match=r"'random:tiny:int3' names no known shape; .* each also with :int4 behind it"
@@ -132,10 +146,8 @@ def test_weights_drawn_on_the_card_arrive_there() -> None:
 
 
 @pytest.mark.gpu
-def test_weights_drawn_on_the_card_are_written_as_they_are(tmp_path: Path) -> None:
-    """Large and small ones in turn, which share memory on their way."""
-    random_checkpoint.write_workspace("llama-150m", tmp_path / "workspace", durable=False)
-    stored = dict(Workspace.open(tmp_path / "workspace").tensors(rank=0))
-    drawn = dict(RandomModel("llama-150m").tensors(0))
-    assert stored.keys() == drawn.keys()
-    assert all(torch.equal(stored[name], tensor.cpu()) for name, tensor in drawn.items())
+@pytest.mark.parametrize("name", ["llama-150m", "llama-150m:int4"])
+def test_weights_drawn_on_the_card_are_written_as_they_are(tmp_path: Path, name: str) -> None:
+    """Large and small ones in turn, of several types, which share memory on their way."""
+    random_checkpoint.write_workspace(name, tmp_path / "workspace", durable=False)
+    assert_stored_as_drawn(tmp_path / "workspace", RandomModel(name))

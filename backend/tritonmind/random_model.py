@@ -1,6 +1,6 @@
 """Models of known shapes with random weights, made while loading: for measurements, where no files can be had.
 
-`random:llama-2-7b` is one, and `random:llama-2-7b:int4` one with 4-bit weights, in the portable AWQ form.
+`random:llama2-7b` is one, and `random:llama2-7b:int4` one with 4-bit weights, in the portable AWQ form.
 """
 
 from __future__ import annotations
@@ -56,14 +56,19 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
-    "llama-2-13b": Shape(5120, 13824, 40, 40, 40, 32000, 4096),
-    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
+    "llama2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama2-13b": Shape(5120, 13824, 40, 40, 40, 32000, 4096),
+    "llama3-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8192),
     # No known model: enough layers and heads that a test on a card works it as it would a large one.
     "llama-150m": Shape(768, 2048, 16, 12, 4, 32000, 4096),
     # For trying a command out, on a CPU too.
     "tiny": Shape(64, 96, 2, 4, 2, 320, 512),
 }
+
+
+def known_shape(name: str) -> str:
+    """The known shape that is spelt so, hyphens apart (llama-2-7b is llama2-7b), else `name` as it is."""
+    return {known.replace("-", ""): known for known in SHAPES}.get(name.replace("-", ""), name)
 
 
 class RandomModel:
@@ -77,6 +82,7 @@ class RandomModel:
 
     def __init__(self, name: str, *, weight_type: str = AUTO) -> None:
         shape_name, colon, kind = name.removeprefix(PREFIX).partition(":")
+        shape_name = known_shape(shape_name)
         if shape_name not in SHAPES or (colon and kind != INT4):
             raise ConfigError(
                 f"{name!r} names no known shape; there are {', '.join(PREFIX + key for key in SHAPES)}, "

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +66,17 @@ def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch: pytes
     assert machine.commit() == "no checkout"
 
 
+def test_the_commit_of_a_checkout_around_the_environment_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc1234")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.commit() == "abc1234"
+
+
 @pytest.mark.parametrize(
     ("page", "num_commands"),
     [
@@ -109,8 +121,8 @@ def test_step_bytes_of_llama_2_7b() -> None:
 
 
 def test_shapes_are_known_by_their_sizes() -> None:
-    assert shape_name(LLAMA_2_7B) == "llama-2-7b"
-    assert shape_name(dataclasses.replace(LLAMA_2_7B, max_position_embeddings=32768)) == "llama-2-7b"
+    assert shape_name(LLAMA_2_7B) == "llama2-7b"
+    assert shape_name(dataclasses.replace(LLAMA_2_7B, max_position_embeddings=32768)) == "llama2-7b"
     assert shape_name(dataclasses.replace(LLAMA_2_7B, num_kv_heads=8)) == "llama2"
 
 
@@ -145,13 +157,13 @@ def test_kernels_reports_each_kernel_and_size(tmp_path: Path, capsys: pytest.Cap
 )
 def test_work_of_a_decode_step_of_llama_2_7b(name: str, num_bytes: int, num_flops: int) -> None:
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == name)
-    case = kernel.case(Setting(SHAPES["llama-2-7b"], torch.float16, torch.device("cpu")), Point(8, 1, 512))
+    case = kernel.case(Setting(SHAPES["llama2-7b"], torch.float16, torch.device("cpu")), Point(8, 1, 512))
     assert (case.num_bytes, case.num_flops) == (num_bytes, num_flops)
 
 
 def test_prefill_attention_counts_the_triangle() -> None:
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == "paged_prefill_attention")
-    case = kernel.case(Setting(SHAPES["llama-2-7b"], torch.float16, torch.device("cpu")), Point(2, 3, 3))
+    case = kernel.case(Setting(SHAPES["llama2-7b"], torch.float16, torch.device("cpu")), Point(2, 3, 3))
     assert case.num_flops == 2 * (1 + 2 + 3) * 4 * 4096
 
 

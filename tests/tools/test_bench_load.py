@@ -10,6 +10,7 @@ from tests.checkpoints import make_llama_checkpoint
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.loading import weight_files
+from tritonmind_tools.bench.recorded import read_results
 from tritonmind_tools.cli import main
 from tritonmind_tools.convert import convert
 
@@ -18,7 +19,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, workspace, results = tmp_path / "checkpoint", tmp_path / "workspace", tmp_path / "results.json"
     make_llama_checkpoint(checkpoint)
     assert main(["bench", "load", str(checkpoint), "--device", "cpu", "--convert", "--json", str(results)]) == 0
-    rows = json.loads(results.read_text())["rows"]
+    rows = read_results(results)["rows"]
     assert [(row["what"], row["cache"]) for row in rows] == [
         *((what, cache) for cache in ("cold", "cached") for what in ("cat", "load")),
         ("cp + sync", "cold"),
@@ -26,7 +27,8 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     size = (checkpoint / "model.safetensors").stat().st_size
     for row in rows:
-        assert row["num_bytes"] == size and row["rate"] == pytest.approx(size / row["seconds"] / 1e9)
+        assert row["num_bytes"] == size and row["value"] == pytest.approx(size / row["seconds"] / 1e9)
+        assert (row["workload"], row["precision"], row["unit"]) == (f"{row['what']} {row['cache']}", "fp32", "GB/s")
         assert (row["host_memory"] is None) == (row["what"] in ("cat", "cp + sync"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "results.json"], "nothing is left behind"
     assert " %" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_an_engine_holds_whole_sessions_and_its_row_says_where_the_memory_went(m
 
 
 def test_four_bit_weights_take_little_more_than_half_a_byte() -> None:
-    for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b"):
+    for name in ("llama2-7b", "llama2-13b", "llama3-8b"):
         model = open_model(f"random:{name}:int4").model
         # 4 bits, and a 16-bit scale with a 16-bit zero for each group of 128; rows and columns are whole tiles.
         assert memory.bytes_of_a_weight(model, "float16", "cuda") == pytest.approx(0.5 + 4 / 128)

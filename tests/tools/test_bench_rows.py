@@ -49,7 +49,7 @@ def test_a_row_of_rounds() -> None:
         for k in (1, 2, 4)
     ]
     row = make_row(workload, rounds, FACTS)
-    assert (row.workload, row.shape, row.precision, row.unit) == ("batch2_10_3", "llama-2-7b", "fp16", "tok/s")
+    assert (row.workload, row.shape, row.precision, row.unit) == ("batch2_10_3", "llama2-7b", "fp16", "tok/s")
     assert row.value == pytest.approx(6 / 6.0) and row.wall == 6.0
     assert row.step_time == pytest.approx(2.0) and row.steady_steps == 2
     assert row.context == pytest.approx(11.5)
@@ -141,7 +141,7 @@ def test_the_last_record_is_the_newest_of_the_same_card_and_kind(tmp_path: Path)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     recorded = last_recorded(tmp_path, "A")
-    measured = [row("x", 33.0, engine="tritonmind"), row("y", 5.0), row("z", 5.0), row("x", 3.0, shape="llama-2-7b")]
+    measured = [row("x", 33.0, engine="tritonmind"), row("y", 5.0), row("z", 5.0), row("x", 3.0, shape="llama2-7b")]
     assert ratios(measured, recorded) == [pytest.approx(1.1), 0.5, None, None]
     assert ratios(measured, last_recorded(tmp_path, "C")) == [None] * 4
 

@@ -135,8 +135,11 @@ BAD: list[tuple[list[str], str]] = [
     (["127.0.0.1:1", "--concurrency", "4", "--workload", "nothing"], "nothing"),
     (["127.0.0.1:1", "--rate", "4", "--slo-itl", "-1"], "--slo-itl=-1"),
     (["--self-host", "nowhere", "--concurrency", "4"], "nowhere"),
-    (["--self-host", "--concurrency", "4"], "--shape='' must be one of llama-2-7b, "),
+    (["--self-host", "--concurrency", "4"], "--shape='' must be one of llama2-7b, "),
     (["--self-host", "w", "--shape", "tiny", "--concurrency", "4"], "give one of them"),
+    (["--self-host", "w", "--dtype", "int4", "--concurrency", "4"], "--dtype=int4 is for random weights"),
+    (["127.0.0.1:1", "--dtype", "fp16", "--concurrency", "4"], "--dtype: for --self-host"),
+    (["127.0.0.1:1", "--vocab-size", "3", "--concurrency", "4"], "--vocab-size=3 must be more than 3"),
 ]
 
 
@@ -191,7 +194,8 @@ def test_self_host_compares_the_server_with_the_bare_engine(
         need_server()
     report = tmp_path / "report.json"
     # A workspace has num_threads from its own config.pbtxt.
-    what = [str(make_workspace(tmp_path))] if given else ["--shape", "tiny", "--engine-options", "num_threads=1"]
+    random = ["--shape", "tiny", "--dtype", "int4", "--engine-options", "num_threads=1"]
+    what = [str(make_workspace(tmp_path))] if given else random
     options = ["--concurrency", "3", "--input-len", "9", "--output-len", "12", "--rounds", "1", "--processes", "2"]
     engine = ["--max-batch", "4", "--engine-options", "session_len=64"]
     what += ["--front-end", front_end]

@@ -12,7 +12,7 @@ from tests.tools.test_bench import assert_facts
 
 from tritonmind_tools.bench import grid, machine
 from tritonmind_tools.bench.random_checkpoint import write
-from tritonmind_tools.cli import main
+from tritonmind_tools.cli import build_parser, main
 
 MODEL = ["--shape", "tiny", "--num-threads", "1"]
 CACHE = ["--engine-options", "cache_max_entry_count=64"]
@@ -151,7 +151,12 @@ def test_compare_runs_the_same_requests_in_both(tmp_path: Path, given: str) -> N
         (["static", "--shape", "tiny", "--sweep", "batch", "--output-len", "4"], "--output-len=4: --sweep has its own"),
         (["static", "--shape", "tiny", "--sweep", "context", "--max-context", "7"], "--max-context=7 leaves nothing"),
         (["static", "--shape", "tiny", "--fail-below", "0.9"], "--fail-below=0.9 needs --quick"),
+        (["static", "--shape", "tiny", "--quick", "--fail-below=0"], "--fail-below=0 must be a ratio above 0"),
+        (["static", "--shape", "tiny", "--quick", "--results=nowhere"], "--results='nowhere' is no folder"),
         (["static", "--shape", "tiny", "--quick", "--record"], "too short to be recorded"),
+        (["static", "--shape", "tiny", "--json", "."], "--json='.' is a folder; name a file"),
+        (["static", "--shape", "tiny", "--plot", __file__], "is a file; name a folder"),
+        (["profile", "--shape", "tiny", "--trace", "no/where.json"], "--trace='no/where.json': its folder"),
         (["static", "--shape", "tiny", "--record", "--results", "nowhere"], "--results='nowhere' is no folder"),
         (["static", "--shape", "tiny", "--csv", "nowhere/at/all.csv"], "--csv='nowhere/at/all.csv': its folder"),
         (["static", "--shape", "tiny", "--engine-options", "tp"], "--engine-options='tp' must be like"),
@@ -177,9 +182,13 @@ def test_nonsense_is_named(arguments: list[str], named: str, capsys: pytest.Capt
     assert named in capsys.readouterr().err
 
 
-def test_shapes_may_be_spelt_without_hyphens(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "static", "--shape", "llama2-7b", "--rounds=0"]) == 1
-    assert "--rounds='0'" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["static", "kernels", "tune"])
+@pytest.mark.parametrize("spelling", ["llama2-7b", "llama-2-7b"])
+def test_shapes_may_be_spelt_with_more_hyphens(kind: str, spelling: str) -> None:
+    assert build_parser().parse_args(["bench", kind, "--shape", spelling]).shape == "llama2-7b"
+
+
+def test_an_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "static", "--shape", "llama-9b"])
     assert "llama-9b" in capsys.readouterr().err

@@ -127,15 +127,15 @@ def test_a_search_that_was_cut_short_leaves_the_steps_beyond_it() -> None:
     assert [(entry["max_rows"], entry["splits"]) for entry in entries] == [(16, 1), (64, BEST.splits)]
 
 
-@pytest.mark.parametrize("shape", ["llama-2-7b", "llama-3-8b"])
+@pytest.mark.parametrize("shape", ["llama2-7b", "llama3-8b"])
 def test_every_product_of_a_model_is_searched_at_its_size(shape: str) -> None:
     setting = Setting(SHAPES[shape], torch.float16, torch.device("cpu"))
     tasks = tune_cases.tasks(setting, list(KERNELS))
     assert len({(task.kernel, task.sizes, task.max_rows) for task in tasks}) == len(tasks)
     sizes = {(task.kernel, task.sizes) for task in tasks}
     expected = {
-        "llama-2-7b": {(12288, 4096), (4096, 4096), (4096, 11008), (32000, 4096)},
-        "llama-3-8b": {(6144, 4096), (4096, 4096), (4096, 14336), (128256, 4096)},
+        "llama2-7b": {(12288, 4096), (4096, 4096), (4096, 11008), (32000, 4096)},
+        "llama3-8b": {(6144, 4096), (4096, 4096), (4096, 14336), (128256, 4096)},
     }[shape]
     assert {found for kernel, found in sizes if kernel == "linear"} == expected
     for kernel in KERNELS:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import Report, positive_numbers, prompt_sizes
-from tritonmind_tools.bench.shapes import SHAPES
+from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers, prompt_sizes
+from tritonmind_tools.bench.shapes import SHAPES, known_shape
 
 if TYPE_CHECKING:
     from tritonmind_tools.bench.kernel_case import Case, Kernel, Point, Setting
 
-DEFAULT_SHAPE = "llama-2-7b"
+DEFAULT_SHAPE = "llama2-7b"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "kernels", help="each kernel alone, against the roofline", description=__doc__
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s")
+    parser.add_argument(
+        "--shape", type=known_shape, choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s"
+    )
     parser.add_argument(
         "--batch-sizes", default="1,8,64,256", metavar="N,...", help="of decode steps (default %(default)s)"
     )
@@ -55,12 +57,12 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="default %(default)s")
     parser.add_argument("--only", metavar="TEXT", help="kernels whose name contains it")
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON. Raises ConfigError for a wrong option; 1 when a kernel was not measured."""
+    """Measure, print a table, write files. Raises ConfigError for a wrong option; 1 when a kernel was not measured."""
     import torch
 
     from tritonmind_tools.bench import machine
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         names = ", ".join(kernel.name for kernel in KERNELS)
         raise ConfigError(f"--only={args.only!r} is in no kernel's name; they are {names}")
-    report = Report(args.json)
+    report = Report.from_args(args)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, rate = machine.copy_bandwidth(), machine.matmul_rate(dtype)
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(_row(kernel, point, case, seconds, args, bandwidth, rate))
         _print_row(rows[-1])
     report.print_facts()
-    report.write_json([dataclasses.asdict(row) for row in rows], not_measured=left_out)
+    report.write([dataclasses.asdict(row) for row in rows], not_measured=left_out)
     return 1 if left_out else 0
 
 

@@ -14,14 +14,15 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.memory import MIB, MemoryWatch
-from tritonmind_tools.bench.report import Report, add_output_options, print_table
+from tritonmind_tools.bench.report import Report, add_output_options, precision, print_table
+from tritonmind_tools.bench.shapes import shape_name
 
 if TYPE_CHECKING:
     from tritonmind.model_source import ModelSource
@@ -44,7 +45,7 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """GB/s."""
+        """GB/s of 10^9 bytes."""
         return self.num_bytes / self.seconds / 1e9
 
 
@@ -83,8 +84,21 @@ def run(args: argparse.Namespace) -> int:
         rows += conversion(Path(args.path), files)
     report.print_facts()
     print_rows(rows)
-    report.write([asdict(row) | {"rate": row.rate} for row in rows])
+    kind = {"shape": shape_name(source.model), "precision": precision(source.model, load.dtype)}
+    report.write([as_entry(row, kind) for row in rows])
     return 0
+
+
+def as_entry(row: Row, kind: Mapping[str, str]) -> dict[str, Any]:
+    """What files hold of a row. kind: its shape and precision."""
+    return {
+        "workload": f"{row.what} {row.cache}",
+        **kind,
+        "value": row.rate,
+        "unit": "GB/s",
+        "roofline_fraction": None,
+        **asdict(row),
+    }
 
 
 def weight_files(source: ModelSource, path: Path) -> list[Path]:
@@ -127,6 +141,7 @@ class Loader:
         self._device = resolve_device(self._config.device)
         self._dtype = resolve_dtype(self._config, self._device)
         self._model: Any = None
+        self.dtype = str(self._dtype).removeprefix("torch.")  # that it computes in
         self.kept_bytes = 0
 
     def __call__(self) -> None:

@@ -53,8 +53,10 @@ def driver() -> str:
 
 def commit() -> str:
     """Of the checkout that runs, else the value of TRITONMIND_COMMIT."""
-    directory = str(Path(__file__).resolve().parent)
-    described = _output("git", "-C", directory, "describe", "--always", "--dirty")
+    file = Path(__file__).resolve()
+    git = ("git", "-C", str(file.parent))
+    # Its own checkout: an environment may lie in one of something else.
+    described = _output(*git, "ls-files", file.name) and _output(*git, "describe", "--always", "--dirty")
     return described or os.environ.get(COMMIT_VARIABLE) or "no checkout"
 
 

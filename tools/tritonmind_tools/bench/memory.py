@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tritonmind.errors import ConfigError
-from tritonmind.random_model import INT4, PREFIX, SHAPES
+from tritonmind.random_model import INT4, PREFIX, SHAPES, known_shape
 from tritonmind_tools.bench.options import add_engine_options, engine_overrides
 from tritonmind_tools.bench.report import (
     Progress,
@@ -128,7 +128,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     bits = args.weights.split(",")
     if not set(bits) <= {"16", "4"}:
         raise ConfigError(f"--weights={args.weights!r} must be 16, 4 or both, separated by a comma")
-    for shape in args.shape.split(",") if args.shape else ():
+    for shape in map(known_shape, args.shape.split(",") if args.shape else ()):
         if shape not in SHAPES:
             raise ConfigError(f"--shape: {shape!r} is none of {', '.join(sorted(SHAPES))}")
         models += [PREFIX + shape + (f":{INT4}" if width == "4" else "") for width in bits]

@@ -9,7 +9,7 @@ from pathlib import Path
 from tritonmind.config import QuantPolicy
 from tritonmind.config_ini import SETTINGS
 from tritonmind.errors import ConfigError
-from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES
+from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES, known_shape
 
 DTYPES = (AUTO, "fp32", "bf16", "fp16")
 
@@ -18,18 +18,16 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, o
     """The model: a positional path, or --shape."""
     parser.add_argument("workspace", nargs="?", help=what)
     parser.add_argument(
-        "--shape", type=_shape, choices=sorted(SHAPES), help="random weights of this shape instead, without any files"
+        "--shape",
+        type=known_shape,
+        choices=sorted(SHAPES),
+        help="random weights of this shape instead, without any files",
     )
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, one_quant_policy: bool = True) -> None:
     """--dtype, --num-threads and --engine-options, and --quant-policy unless a measurement has several."""
-    parser.add_argument(
-        "--dtype",
-        default=AUTO,
-        choices=(*DTYPES, INT4),
-        help=f"to compute in; {INT4}: fp16 with 4-bit weights, of a --shape (a workspace's weights are what they are)",
-    )
+    add_dtype(parser)
     if one_quant_policy:
         add_quant_policy(parser)
     parser.add_argument("--num-threads", type=int, default=0, help="CPU threads, 0 for PyTorch's choice")
@@ -40,6 +38,16 @@ def add_engine_options(parser: argparse.ArgumentParser, *, one_quant_policy: boo
         default=[],
         metavar="KEY=VALUE",
         help="settings of config.ini or of the engine, over those of the measurement",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype, as named_shape and engine_dtype read it."""
+    parser.add_argument(
+        "--dtype",
+        default=AUTO,
+        choices=(*DTYPES, INT4),
+        help=f"to compute in; {INT4}: fp16 with 4-bit weights, of a --shape (a workspace's weights are what they are)",
     )
 
 
@@ -58,12 +66,21 @@ def model_path(args: argparse.Namespace) -> str:
     """What start_engine and open_model take. Raises ConfigError unless exactly one of path and shape is given."""
     if (args.workspace is None) == (args.shape is None):
         raise ConfigError("give either a workspace (or checkpoint) or --shape NAME, and not both")
-    int4 = getattr(args, "dtype", AUTO) == INT4
     if args.shape is not None:
-        return PREFIX + args.shape + (f":{INT4}" if int4 else "")
-    if int4:
-        raise ConfigError(f"--dtype={INT4} is for random weights, with --shape: a workspace has the weights it has")
+        return PREFIX + named_shape(args)
+    refuse_int4(args)
     return str(args.workspace)
+
+
+def named_shape(args: argparse.Namespace) -> str:
+    """What RandomModel takes: --shape, with what --dtype says of its weights."""
+    return str(args.shape) + (f":{INT4}" if args.dtype == INT4 else "")
+
+
+def refuse_int4(args: argparse.Namespace) -> None:
+    """Raises ConfigError where --dtype asks for 4-bit weights of a model that is given."""
+    if args.dtype == INT4:
+        raise ConfigError(f"--dtype={INT4} is for random weights, with --shape: a workspace has the weights it has")
 
 
 def engine_dtype(args: argparse.Namespace) -> str:
@@ -124,9 +141,3 @@ def key_values(options: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--engine-options: {key} is given twice")
         chosen[name] = value
     return chosen
-
-
-def _shape(text: str) -> str:
-    """The known shape that is spelt so, hyphens apart: llama2-7b is llama-2-7b."""
-    known = {name.replace("-", ""): name for name in SHAPES}
-    return known.get(text.replace("-", ""), text)

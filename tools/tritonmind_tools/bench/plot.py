@@ -69,10 +69,8 @@ def require_matplotlib() -> None:
 def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """Draw what there is to draw of these results. Returns the files."""
     rows = newest_rows(results)
-    cards = ", ".join(dict.fromkeys(str(result["card"]) for result in results))
-    commits = ", ".join(dict.fromkeys(str(result["commit"]) for result in results if "commit" in result))
     directory.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[list[Row], Any], bool]] = {
+    drawings: dict[str, Callable[[list[Row], Any], list[Row]]] = {
         "step_time_by_batch": _by_batch,
         "step_time_by_context": _by_context,
         "roofline": _roofline,
@@ -82,7 +80,10 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     paths = []
     for name, drawing in drawings.items():
         figure = _figure()
-        if drawing(rows, figure):
+        if drawn := drawing(rows, figure):
+            cards, commits = (
+                ", ".join(dict.fromkeys(str(row[name]) for row in drawn if name in row)) for name in ("card", "commit")
+            )
             figure.supxlabel(f"{cards} · tritonmind {commits}", x=0.99, ha="right", size=7, color=GREY)
             paths.append(directory / f"{name}.png")
             figure.savefig(paths[-1], dpi=DPI)
@@ -90,14 +91,15 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
 
 
 def newest_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Every row once, in the order of the results, its figures those of the newest one, and its card."""
+    """Every row once, in the order of the results, with the figures of the newest, their card and their commit."""
     rows: dict[tuple[str, ...], tuple[datetime, Row]] = {}
     for result in results:
         date = datetime.fromisoformat(result["date"])
         for row in result["rows"]:
             key = (result["card"], *row_key(row))
             if key not in rows or rows[key][0] <= date:
-                rows[key] = date, {**row, "card": result["card"]}
+                facts = {name: result[name] for name in ("card", "commit") if name in result}
+                rows[key] = date, {**row, **facts}
     return [row for _, row in rows.values()]
 
 
@@ -138,7 +140,10 @@ def _sizes(row: Row) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _by_batch(rows: list[Row], figure: Any) -> bool:
+# Each of these draws what it finds among the rows, and returns the rows that it took.
+
+
+def _by_batch(rows: list[Row], figure: Any) -> list[Row]:
     steps = [row for row in rows if _STEP_ROW.fullmatch(row["workload"])]
     lines = _series(steps, lambda row: f"{_model(row)}, context {_sizes(row)[1]}", lambda row: _sizes(row)[0])
     # Two batches of every context are no curve: those of the sweep over contexts.
@@ -147,15 +152,15 @@ def _by_batch(rows: list[Row], figure: Any) -> bool:
     return _step_times(figure, lines, "Decode step time against batch", "sequences in the batch")
 
 
-def _by_context(rows: list[Row], figure: Any) -> bool:
+def _by_context(rows: list[Row], figure: Any) -> list[Row]:
     steps = [row for row in rows if _STEP_ROW.fullmatch(row["workload"])]
     lines = _series(steps, lambda row: f"{_model(row)}, batch {_sizes(row)[0]}", lambda row: _sizes(row)[1])
     return _step_times(figure, lines, "Decode step time against context", "tokens of each sequence")
 
 
-def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> bool:
+def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> list[Row]:
     if not lines:
-        return False
+        return []
     axes = _axes(figure, title, x_label, "ms a step")
     highest, lowest = 0.0, float("inf")
     for line, colour in zip(lines, _colours(len(lines)), strict=True):
@@ -176,35 +181,39 @@ def _step_times(figure: Any, lines: list[Series], title: str, x_label: str) -> b
         axes.set_ylim(bottom=0)
     axes.plot([], [], linestyle="--", linewidth=1.2, color=GREY, label="roofline")
     axes.legend(frameon=False, fontsize=8)
-    return True
+    return _points(lines)
 
 
-def _roofline(rows: list[Row], figure: Any) -> bool:
+def _points(lines: Iterable[Series]) -> list[Row]:
+    return [row for line in lines for row in line.points.values()]
+
+
+def _roofline(rows: list[Row], figure: Any) -> list[Row]:
     shown = [row for row in rows if row.get("unit") in ("tok/s", "req/s") and row.get("roofline_fraction")]
     shown = [
         row for row in shown if not _STEP_ROW.fullmatch(row["workload"]) and not _RATE_ROW.fullmatch(row["workload"])
     ]
     if not shown:
-        return False
+        return []
     models = list(dict.fromkeys((_model(row), _engine(row)) for row in shown))
     figure.set_size_inches(SIZE[0], 1.4 + 0.32 * len(shown))
-    axes = _axes(figure, "Share of the roofline", "%", "")
+    axes = _axes(figure, "Share of the roofline", "% of the rate that the card could reach", "")
     axes.grid(False, axis="y")
     for (model, engine), colour in zip(models, _colours(len(models)), strict=True):
         numbers = [number for number, row in enumerate(shown) if (_model(row), _engine(row)) == (model, engine)]
         shares = [100 * shown[number]["roofline_fraction"] for number in numbers]
         bars = axes.barh(numbers, shares, height=0.7, color=colour, label=f"{model}, {engine}")
         labels = [f"{_figures(shown[number]['value'])} {shown[number]['unit']}" for number in numbers]
-        axes.bar_label(bars, labels, padding=4, size=8)
-    axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2)
+        axes.bar_label(bars, labels, padding=4, size=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
     axes.set_yticks(range(len(shown)), [row["workload"] for row in shown], size=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, max(125.0, *(115 * row["roofline_fraction"] for row in shown)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
-    return True
+    return shown
 
 
-def _engines(rows: list[Row], figure: Any) -> bool:
+def _engines(rows: list[Row], figure: Any) -> list[Row]:
     """Values over ours, of what we and others measured on one card, one shape and in one precision."""
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
@@ -212,7 +221,7 @@ def _engines(rows: list[Row], figure: Any) -> bool:
             groups.setdefault((row["workload"], _model(row), row["card"]), {})[_engine(row)] = row
     shown = {key: group for key, group in groups.items() if OUR_ENGINE in group and len(group) > 1}
     if not shown:
-        return False
+        return []
     engines = list(dict.fromkeys([OUR_ENGINE, *(engine for group in shown.values() for engine in group)]))
     colours = dict(zip(engines, _colours(len(engines)), strict=True))
     panels: dict[str, dict[str, dict[str, Row]]] = {}
@@ -223,14 +232,14 @@ def _engines(rows: list[Row], figure: Any) -> bool:
     tallest = max(sum(len(group) + 1 for group in panel.values()) for panel in panels.values())
     figure.set_size_inches(SIZE[0] * (1 + 0.5 * (columns - 1)), 1.0 + lines * (0.6 + 0.17 * tallest))
     for number, (model, panel) in enumerate(panels.items(), start=1):
-        axes = _axes(figure, model, "of ours", "", (lines, columns, number))
+        axes = _axes(figure, model, "rate / tritonmind's", "", (lines, columns, number))
         axes.grid(False, axis="y")
         _engine_bars(axes, panel, colours)
     figure.suptitle("Beside other engines", x=0.01, ha="left", size=12, weight="bold")
     legends = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for found in legends for handle, label in zip(*found, strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper right", ncols=len(engines), frameon=False, fontsize=8)
-    return True
+    return [group[OUR_ENGINE] for group in shown.values()]
 
 
 def _engine_bars(axes: Any, panel: Mapping[str, Mapping[str, Row]], colours: Mapping[str, str]) -> None:
@@ -259,12 +268,12 @@ def _engine(row: Row) -> str:
     return str(row.get("engine", OUR_ENGINE))
 
 
-def _offered_load(rows: list[Row], figure: Any) -> bool:
+def _offered_load(rows: list[Row], figure: Any) -> list[Row]:
     offered = [(row, match) for row in rows if (match := _RATE_ROW.fullmatch(row["workload"]))]
     loads = {id(row): (f"{_model(row)}, {match[1]}", float(match[2])) for row, match in offered}
     lines = _series([row for row, _ in offered], lambda row: loads[id(row)][0], lambda row: loads[id(row)][1])
     if not lines:
-        return False
+        return []
     figure.set_size_inches(SIZE[0], 1.6 * SIZE[1])
     served = _axes(figure, "Throughput against offered load", "offered req/s", "completed req/s", 211)
     waited = _axes(figure, "Time to the first token", "offered req/s", "ms", 212)
@@ -285,7 +294,7 @@ def _offered_load(rows: list[Row], figure: Any) -> bool:
     waited.yaxis.set_minor_formatter("{x:g}")
     for axes in (served, waited):
         axes.legend(frameon=False, fontsize=8)
-    return True
+    return _points(lines)
 
 
 def _figures(value: float) -> str:

@@ -30,7 +30,14 @@ from tritonmind_tools.bench.options import (
     engine_overrides,
     model_path,
 )
-from tritonmind_tools.bench.report import Report, positive_numbers, precision, prompt_sizes
+from tritonmind_tools.bench.report import (
+    Report,
+    add_output_options,
+    check_file,
+    positive_numbers,
+    precision,
+    prompt_sizes,
+)
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, kv_bytes, prefill_flops, weight_bytes
 from tritonmind_tools.bench.rounds import greedy_request, random_prompts
 from tritonmind_tools.bench.shapes import shape_name
@@ -70,13 +77,13 @@ def register(kinds: Any) -> None:
     parser.add_argument("--prompts", metavar="SxT,...", help="prompts x tokens of each that come with every step")
     parser.add_argument("--steps", type=int, default=10, help="steps timed, then profiled (default %(default)s)")
     add_engine_options(parser)
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_output_options(parser, plots=False)
     parser.add_argument("--trace", metavar="FILE", help="keep the profiler's trace, for chrome://tracing or Perfetto")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the account, write JSON. Raises ConfigError for a wrong option or a batch that does not fit."""
+    """Measure, print the account, write files. Raises ConfigError for a wrong option or a batch that does not fit."""
     import torch
 
     from tritonmind.model_source import open_model
@@ -92,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
             f"--context={args.context} is more than the model's max_position_embeddings, "
             f"{source.model.max_position_embeddings}"
         )
-    report = Report(args.json)
+    report = Report.from_args(args)
+    check_file("--trace", args.trace)
     bandwidth = machine.copy_bandwidth()
     report.notes["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s"
     core, context, step = _working_core(source, args, prompts)
@@ -134,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         "unit": "us",
         "roofline_fraction": roofline / timing.wall,
     }
-    report.write_json(
+    report.write(
         [row],
         host_seconds={**timing._asdict(), "target": target},
         bytes_by_group=num_bytes,
@@ -276,7 +284,8 @@ def _print_account(account: Account, num_bytes: dict[str, float], timing: Timing
         rate = f"{read / 1e6:10.1f}{read / us / 1e6:8.3f}" if read else ""
         print(f"{group:<60}{us:10.1f}{rate}")
     wall, busy = timing.wall * 1e6, account.busy_us_per_step
-    print(f"\nstep {wall:.1f} us, of it {busy:.1f} us busy and {wall - busy:.1f} us idle")
+    # Profiled steps come later, and may be slower than the unprofiled ones.
+    print(f"\nstep {wall:.1f} us, of it {busy:.1f} us busy and {max(0.0, wall - busy):.1f} us idle")
     calls = ", ".join(f"{name} {count:g}" for name, count in account.host_calls_per_step.items())
     print(f"calls into CUDA a step: {calls or 'none'}")
 

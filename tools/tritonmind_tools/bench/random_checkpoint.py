@@ -1,8 +1,8 @@
 """Random-weight Llama files of a known model's shape, for measurements where real weights cannot be had.
 
-`python -m tritonmind_tools.bench.random_checkpoint llama-2-7b DIRECTORY` writes safetensors, config.json and a
+`python -m tritonmind_tools.bench.random_checkpoint llama2-7b DIRECTORY` writes safetensors, config.json and a
 byte-level tokenizer, as `tritonmind convert` reads them; with `--workspace`, in one pass, what the server serves. The
-weights are those of the model `random:llama-2-7b`.
+weights are those of the model `random:llama2-7b`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tritonmind.config import ModelConfig
 from tritonmind.errors import TritonmindError
-from tritonmind.random_model import SHAPES, RandomModel
+from tritonmind.random_model import SHAPES, RandomModel, known_shape
 from tritonmind.workspace_writer import WorkspaceWriter
 
 # A layer's tensor, without rank and kind, and its names in a checkpoint of Transformers.
@@ -42,9 +42,12 @@ TOP_LEVEL_NAMES = {
 }
 
 
-def write_workspace(shape_name: str, destination: Path, *, durable: bool = True) -> None:
-    """Write a workspace in fp16. durable: see WorkspaceWriter.commit. Raises WorkspaceError for a bad destination."""
-    source = RandomModel(shape_name)
+def write_workspace(name: str, destination: Path, *, durable: bool = True) -> None:
+    """Write the workspace of a RandomModel. Raises WorkspaceError for a bad destination.
+
+    durable: see WorkspaceWriter.commit.
+    """
+    source = RandomModel(name)
     model = source.model
     config = hf_config(model)
     with WorkspaceWriter(destination, model, session_len=model.max_position_embeddings, source_config=config) as writer:
@@ -58,14 +61,14 @@ def write_workspace(shape_name: str, destination: Path, *, durable: bool = True)
 
 def _on_host(source: RandomModel) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `source` on the CPU, each until the next is asked for: those of a card share pinned memory."""
-    pinned = torch.empty(0)
+    pinned = torch.empty(0, dtype=torch.uint8)
     for name, tensor in source.tensors(rank=0):
         if not tensor.is_cuda:
             yield name, tensor
             continue
-        if pinned.numel() < tensor.numel():
-            pinned = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
-        yield name, pinned[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        if pinned.numel() < tensor.nbytes:
+            pinned = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        yield name, pinned[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def write(shape_name: str, directory: Path) -> None:
@@ -142,7 +145,7 @@ def _write_tokenizer(directory: Path, vocab_size: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", type=known_shape, choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--workspace", action="store_true", help="what the server serves, not what convert reads")
     args = parser.parse_args()

@@ -54,22 +54,18 @@ class Report:
     """
 
     def __init__(
-        self,
-        json_path: str | None,
-        *,
-        csv_path: str | None = None,
-        plot_dir: str | None = None,
-        record_dir: str | None = None,
+        self, *, json_path: str | None, csv_path: str | None, plot_dir: str | None, record_dir: str | None
     ) -> None:
-        for option, path in (("--json", json_path), ("--csv", csv_path)):
-            if path and not Path(path).absolute().parent.is_dir():
-                raise ConfigError(f"{option}={path!r}: its folder does not exist; make it first")
+        check_file("--json", json_path)
+        check_file("--csv", csv_path)
         if record_dir and not Path(record_dir).is_dir():
             raise ConfigError(f"--results={record_dir!r} is no folder to record in; make it first")
         if plot_dir:
             from tritonmind_tools.bench.plot import require_matplotlib
 
             require_matplotlib()
+            if Path(plot_dir).exists() and not Path(plot_dir).is_dir():
+                raise ConfigError(f"--plot={plot_dir!r} is a file; name a folder for the PNGs")
         self._json_path, self._csv_path = json_path, csv_path
         self._plot_dir, self._record_dir = plot_dir, record_dir
         self.facts: dict[str, Any] = {
@@ -86,7 +82,7 @@ class Report:
     def from_args(cls, args: argparse.Namespace) -> Report:
         """As the options of add_output_options say. Raises ConfigError for a file that could not be written."""
         return cls(
-            args.json,
+            json_path=args.json,
             csv_path=args.csv,
             plot_dir=getattr(args, "plot", None),
             record_dir=args.results if args.record else None,
@@ -103,14 +99,10 @@ class Report:
         """What a file of results holds."""
         return {**self.facts, "notes": self.notes, "rows": list(rows), **more}
 
-    def write_json(self, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-        """Write facts, notes and rows to the file that --json names, if any. Raises OSError naming the file."""
+    def write(self, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+        """Write all that the options ask for, and say where what they do not name has gone. Raises OSError."""
         if self._json_path:
             _write_json(Path(self._json_path), self.results(rows, **more))
-
-    def write(self, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-        """Write all that the options ask for, and say where what they do not name has gone."""
-        self.write_json(rows, **more)
         if self._csv_path:
             columns = dict.fromkeys(name for row in rows for name in row)
             with Path(self._csv_path).open("w", newline="") as file:
@@ -134,6 +126,14 @@ class Report:
         stem = f"{begun:%Y%m%dT%H%M}-{commit}"
         names = (stem, *(f"{stem}-{number}" for number in range(2, 100)))
         return next(path for name in names if not (path := directory / f"{name}.json").exists())
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Raise ConfigError where the file that an option names could not be written."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"{option}={path!r}: its folder does not exist; make it first")
+    if path and Path(path).is_dir():
+        raise ConfigError(f"{option}={path!r} is a folder; name a file")
 
 
 def _write_json(path: Path, results: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def model_folder(workspace: Path) -> Path:
 
 @contextmanager
 def served_workspace(path: str, shape: str) -> Iterator[Path]:
-    """The workspace at `path`, or for "" one of random weights of `shape`, which lives as long as it is used."""
+    """The workspace at `path`, or for "" that of a RandomModel, which lives as long as it is used."""
     if path:
         yield Path(path)
         return

@@ -17,10 +17,12 @@ import argparse
 from typing import Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.options import add_quant_policy
+from tritonmind.random_model import AUTO
+from tritonmind_tools.bench.options import add_dtype, add_quant_policy, refuse_int4
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
+from tritonmind_tools.bench.rounds import FIRST_PLAIN_TOKEN_ID
 from tritonmind_tools.bench.self_host import FRONT_ENDS
-from tritonmind_tools.bench.shapes import SHAPES
+from tritonmind_tools.bench.shapes import SHAPES, known_shape
 from tritonmind_tools.embedded_server import MODEL_NAME
 
 VOCAB_SIZE = 32000
@@ -58,12 +60,15 @@ def register(kinds: Any) -> None:
     parser.add_argument("--slo-ttft", type=float, metavar="MS", help="goodput: longest time to the first token")
     parser.add_argument("--slo-itl", type=float, metavar="MS", help="goodput: longest mean time between tokens")
     parser.add_argument("--model", default=MODEL_NAME, help="as the server names it (default %(default)s)")
-    parser.add_argument("--shape", default="", help="the model's shape, for the rows, or what --self-host makes")
+    parser.add_argument(
+        "--shape", type=known_shape, default="", help="the model's shape, for the rows, or what --self-host makes"
+    )
     parser.add_argument("--precision", default="", help="the model's, for the rows (--self-host knows it)")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="ids are below it (default %(default)s)")
     parser.add_argument("--text-prompts", action="store_true", help="words, for an endpoint that takes no token ids")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (default %(default)s)")
     parser.add_argument("--max-batch", type=int, default=MAX_BATCH, help="of --self-host (default %(default)s)")
+    add_dtype(parser)
     add_quant_policy(parser)
     parser.add_argument(
         "--engine-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of --self-host"
@@ -97,6 +102,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.self_host and args.shape:
         raise ConfigError(f"--shape={args.shape!r} and --self-host={args.self_host!r}: give one of them")
+    if args.self_host:
+        refuse_int4(args)
     if args.url is not None:
         from tritonmind_tools.bench.endpoints import check_url
 
@@ -112,7 +119,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--duration={args.duration:g} is of --rate; --concurrency takes --num-requests")
     if args.workload and (args.input_len or args.output_len) and not (args.concurrency and args.rates):
         raise ConfigError("--workload has lengths of its own: leave out --input-len and --output-len")
-    if args.engine_options and args.self_host is None:
-        raise ConfigError("--engine-options are for --self-host: a running server has its own")
-    if args.one_quant_policy is not None and args.self_host is None:
-        raise ConfigError("--quant-policy is for --self-host: a running server has its own")
+    if args.vocab_size <= FIRST_PLAIN_TOKEN_ID:
+        raise ConfigError(f"--vocab-size={args.vocab_size} must be more than {FIRST_PLAIN_TOKEN_ID}, the least id sent")
+    if args.self_host is None:
+        own = {
+            "--dtype": args.dtype != AUTO,
+            "--quant-policy": args.one_quant_policy is not None,
+            "--engine-options": bool(args.engine_options),
+        }
+        if given := [name for name, is_given in own.items() if is_given]:
+            raise ConfigError(f"{', '.join(given)}: for --self-host; a running server has its own")

@@ -12,7 +12,7 @@ from typing import Any
 from tritonmind.workspace import Workspace
 from tritonmind_tools.bench import grid, machine
 from tritonmind_tools.bench.load import Target
-from tritonmind_tools.bench.options import chosen_settings
+from tritonmind_tools.bench.options import chosen_settings, engine_dtype, named_shape
 from tritonmind_tools.bench.report import Report, print_table
 from tritonmind_tools.bench.report import precision as precision_of
 from tritonmind_tools.bench.rounds import run_round
@@ -38,7 +38,7 @@ def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) ->
 
     A server's row says in ratio_to_engine which share of the engine's tokens a second it had.
     """
-    with served_workspace(args.self_host, args.shape) as workspace:
+    with served_workspace(args.self_host, named_shape(args)) as workspace:
         return _measure_both(workspace, args, report, loads)
 
 
@@ -48,6 +48,7 @@ def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loa
         "enable_prefix_caching": False,
         "check_integrity_when_idle": False,
         "max_num_seqs": args.max_batch,
+        "dtype": engine_dtype(args),
         **chosen_settings(args),
     }
     bandwidth = machine.copy_bandwidth()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tritonmind.config import ModelConfig
-from tritonmind.random_model import SHAPES, Shape
+from tritonmind.random_model import SHAPES, Shape, known_shape
 
-__all__ = ["SHAPES", "Shape", "shape_name"]
+__all__ = ["SHAPES", "Shape", "known_shape", "shape_name"]
 
 
 def shape_name(model: ModelConfig) -> str:

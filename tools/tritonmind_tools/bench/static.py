@@ -20,9 +20,15 @@ from typing import Any
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench import grid
 from tritonmind_tools.bench.measure import Plan, measure, print_rows
-from tritonmind_tools.bench.options import add_engine_options, add_model_options, engine_overrides, model_path
+from tritonmind_tools.bench.options import (
+    add_engine_options,
+    add_model_options,
+    engine_dtype,
+    engine_overrides,
+    model_path,
+)
 from tritonmind_tools.bench.recorded import last_recorded, ratios
-from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
+from tritonmind_tools.bench.report import RESULTS, Report, add_output_options, positive_numbers
 
 BATCH_SIZES, INPUT_LEN, OUTPUT_LEN = "1,16", 128, 128
 ROUNDS, SWEEP_ROUNDS = 3, 1
@@ -110,6 +116,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: {(fixed or ['--sweep'])[0]} has its own; leave one of them out")
     if args.fail_below is not None and not args.quick:
         raise ConfigError(f"--fail-below={args.fail_below:g} needs --quick, whose ratios it looks at")
+    if args.fail_below is not None and not args.fail_below > 0:
+        raise ConfigError(f"--fail-below={args.fail_below:g} must be a ratio above 0, like 0.97")
+    if args.quick and args.results != str(RESULTS) and not Path(args.results).is_dir():
+        raise ConfigError(f"--results={args.results!r} is no folder; name one of recorded results, or leave it out")
     if args.quick and args.record:
         raise ConfigError("--record: a --quick run is too short to be recorded; leave one of them out")
 
@@ -146,5 +156,5 @@ def _sweep(args: argparse.Namespace) -> list[grid.Workload]:
     overrides = engine_overrides(
         args, max_num_seqs=max_num_seqs, max_model_len=max(context for _, context in pairs) + 2
     )
-    limits = resolve_limits(open_model(model_path(args), dtype=args.dtype).engine_config(**overrides))
+    limits = resolve_limits(open_model(model_path(args), dtype=engine_dtype(args)).engine_config(**overrides))
     return [grid.steps(*pair, limits.max_num_batched_tokens) for pair in dict.fromkeys(pairs)]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
-from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, print_table
-from tritonmind_tools.bench.shapes import SHAPES
+from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, add_output_options, print_table
+from tritonmind_tools.bench.shapes import SHAPES, known_shape
 
 if TYPE_CHECKING:
     from tritonmind.kernels.tile_table import Card, Tile
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Jobs = list[tuple[Task, Tile]]
 
-DEFAULT_SHAPE = "llama-2-7b"
+DEFAULT_SHAPE = "llama2-7b"
 MAX_PROCESSES = 16
 WHOLE_PRODUCTS = {"output"}  # nothing follows that takes partial sums
 MARGIN = 0.01  # by which a tile must beat the library, whose products need no compilation
@@ -47,12 +47,14 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "tune", help="find the fastest tiles on this card", description=__doc__
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s")
+    parser.add_argument(
+        "--shape", type=known_shape, choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s"
+    )
     parser.add_argument("--kernel", metavar="NAME,...", help="some of the kernels that have tiles (default: all)")
     parser.add_argument("--max-rows", type=int, metavar="N", help="steps for up to so many rows (default: all)")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="default %(default)s")
     parser.add_argument("--output", metavar="FILE", help="the file of tiles (default: this card's, in the package)")
-    parser.add_argument("--json", metavar="FILE", help="also write the times there")
+    add_output_options(parser, plots=False)
     parser.set_defaults(run=run)
 
 
@@ -92,7 +94,7 @@ def _measure(
     from tritonmind_tools.bench import machine, tune_cases
     from tritonmind_tools.bench.kernel_case import Setting, kv_precision
 
-    report, dtype = Report(args.json), torch.float16
+    report, dtype = Report.from_args(args), torch.float16
     bandwidth, rate = machine.copy_bandwidth(), machine.matmul_rate(dtype)
     setting = Setting(SHAPES[args.shape], dtype, torch.device("cuda"))
     tasks = [task for task in tune_cases.tasks(setting, names) if task.max_rows <= (args.max_rows or task.max_rows)]
@@ -126,7 +128,7 @@ def _measure(
     report.notes["searches"] = f"{len(picks)} of {len(tasks)}" + (", the time was over" if time_left() <= 0 else "")
     report.notes["tiles"] = str(output)
     report.print_facts()
-    report.write_json(rows)
+    report.write(rows)
 
 
 def search(
