@@ -73,6 +73,39 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"qkv_bias": False, "num_kv_heads": 32, "rope_scaling": None},
     ),
 }  # fmt: skip
+# Models that differ from one of these in what their configurations say.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "vicuna-7b-v1.5-16k": (
+        "Llama-3.1-8B", {"rope_theta": 10000.0, "rope_scaling": {"factor": 4.0, "type": "linear"}}, {"rope_theta": 1e4},
+    ),
+    "SmolLM2-1.7B": (
+        "Llama-3.1-8B",
+        {"rope_interleaved": False, "is_llama_config": True, "rope_scaling": None, "tie_word_embeddings": True},
+        {"rope_scaling": None, "tie_word_embeddings": True},
+    ),
+    "DeepSeek-R1-Distill-Qwen-7B": (
+        "Qwen2.5-7B",
+        {"use_mrope": False, "sliding_window": 4096, "rope_scaling": None, "rope_theta": 10000},
+        {"sliding_window": 0, "rope_theta": 1e4, "rope_scaling": None},
+    ),
+    "internlm-20b": (
+        "internlm-chat-7b",
+        {"bias": False, "num_key_value_heads": 32, "rotary": {"base": 10000, "type": "dynamic"}},
+        {"qkv_bias": False, "o_bias": False},
+    ),
+    "internlm3-8b-instruct": (
+        "internlm2-chat-7b",
+        {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": False, "head_dim": 128, "num_key_value_heads": 2,
+         "rope_theta": 50000000, "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}},
+        {"num_kv_heads": 2, "head_dim": 128, "rope_theta": 5e7},
+    ),
+    "Qwen-72B-Chat": (
+        "Qwen-7B-Chat",
+        {"seq_length": 32768, "rotary_emb_base": 1000000, "use_dynamic_ntk": False, "use_logn_attn": False},
+        {"max_position_embeddings": 32768, "rope_theta": 1e6, "rope_scaling": None, "use_logn_attn": False},
+    ),
+}  # fmt: skip
+MODELS |= {name: (MODELS[base][0] | changes, expected) for name, (base, changes, expected) in VARIANTS.items()}
 
 
 def read(config: dict[str, Any]) -> ModelConfig:
@@ -98,6 +131,9 @@ def test_what_scalings_are_resolved_to() -> None:
         "internlm-chat-7b": ("dynamic", 1.0),
         "internlm2-chat-7b": ("dynamic", 2.0),
         "Qwen-7B-Chat": ("dynamic", 2.0),
+        "vicuna-7b-v1.5-16k": ("linear", 4.0),
+        "internlm-20b": ("dynamic", 1.0),
+        "internlm3-8b-instruct": ("dynamic", 6.0),
     }
     yarn = kinds["Qwen2.5-7B"]
     assert yarn is not None and yarn.attention_factor == pytest.approx(1.138629436)
@@ -108,3 +144,62 @@ def test_baichuan_13b_has_alibi() -> None:
     without = {key: value for key, value in config.items() if key != "max_position_embeddings"}
     with pytest.raises(CheckpointError, match=r"config\.json: ALiBi positions \(Baichuan 13B\) is not supported"):
         read({**without, "hidden_size": 5120, "num_attention_heads": 40})
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "vicuna-7b-v1.5-16k", "Mistral-7B-v0.1", "Qwen2.5-7B", "Qwen3-0.6B"])
+def test_as_transformers_5_writes_it(name: str) -> None:
+    """With rope_parameters, layer_types and defaults written out, it means the same."""
+    from transformers import AutoConfig
+
+    config = MODELS[name][0]
+    model_type = config["architectures"][0].removesuffix("ForCausalLM").lower()
+    written = AutoConfig.for_model(model_type, **config).to_dict()
+    assert "rope_parameters" in written and read(written) == read(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "window"),
+    [
+        ("Qwen2.5-7B", {"use_sliding_window": None}, 0),
+        ("Qwen2.5-7B", {"use_sliding_window": True, "max_window_layers": None}, 0),
+        ("Qwen2.5-7B", {"use_sliding_window": True, "max_window_layers": 0}, 131072),
+        ("Qwen2.5-7B", {"layer_types": ["sliding_attention"] * 28}, 0),
+        ("Mistral-7B-v0.1", {"use_sliding_window": False, "max_window_layers": 28}, 4096),
+    ],
+)
+def test_qwens_window_is_switched_on_by_a_key_of_its_own(name: str, changes: dict[str, Any], window: int) -> None:
+    """None leaves a key out. Defaults are off, and from layer 28 on."""
+    config = {key: value for key, value in (MODELS[name][0] | changes).items() if value is not None}
+    assert read(config).sliding_window == window
+
+
+def test_where_the_length_before_a_scaling_stands() -> None:
+    """Beside the scaling it comes first, as with Transformers."""
+    config = MODELS["Qwen2.5-7B"][0] | {"original_max_position_embeddings": 16384}
+    scaling = read(config).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == 16384
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        (
+            "Qwen2.5-7B",
+            {"dual_chunk_attention_config": {"chunk_size": 262144}},
+            "dual_chunk_attention_config={'chunk_size': 262144} asks for chunked attention, which is not supported",
+        ),
+        (
+            "Qwen3-0.6B",
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            },
+            "rope_scaling={'rope_type': 'yarn', 'factor': 4.0} stands beside rope_parameters: put it into that",
+        ),
+        ("internlm-chat-7b", {"rotary": "origin"}, "rotary='origin' is not supported"),
+    ],
+)
+def test_what_is_refused(name: str, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        read(MODELS[name][0] | changes)
+    assert str(error.value) == f"config.json: {problem}"

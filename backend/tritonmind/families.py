@@ -52,7 +52,7 @@ class Family:
     names: of its tensors. keys: what config.json calls a key of Llama's. defaults: values of Llama's keys where it has
     none. qkv_bias, o_bias: whether there are such biases, or the key that says so. qk_norm: of each head of q and k.
     normalised_head: whether a model with so many tokens divides the rows of its head by their lengths. windowed:
-    config.json may ask for a sliding window.
+    config.json may ask for a sliding window; where `defaults` have use_sliding_window, that key must ask for it too.
     adapt: makes the configuration Llama's in what no table can say. Raises CheckpointError through `refuse`.
     """
 
@@ -70,10 +70,10 @@ class Family:
 def _internlm(config: Config, refuse: Refuse) -> Config:
     """Its key `rotary` has the base and the kind; without it, positions are dynamic NTK with a factor of 1."""
     rotary = config.get("rotary") or {"base": 10000, "type": "dynamic"}
-    kind = rotary.get("type") if isinstance(rotary, dict) else rotary
-    if kind not in ("origin", "dynamic"):
-        refuse(f"rotary of type {kind!r}")
-    scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if kind == "dynamic" else None
+    if not isinstance(rotary, dict) or rotary.get("type") not in ("origin", "dynamic"):
+        refuse(f"rotary={rotary!r}")
+    dynamic = rotary["type"] == "dynamic"
+    scaling = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if dynamic else None
     return {**config, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
 
 
@@ -110,6 +110,8 @@ def _baichuan(config: Config, refuse: Refuse) -> Config:
     return config
 
 
+# Which layers of a Qwen have a window, if it is switched on: those from max_window_layers on.
+_QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28}
 _BAICHUAN_NAMES = TensorNames(qkv=("self_attn.W_pack",))
 
 FAMILIES: Mapping[str, Family] = {
@@ -120,11 +122,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     # DeepSeek-R1-Distill-Qwen too.
     "Qwen2ForCausalLM": Family(
-        qkv_bias=True, windowed=True, defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768}
+        qkv_bias=True, windowed=True,
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
     ),
     "Qwen3ForCausalLM": Family(
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, windowed=True,
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **_QWEN_WINDOW},
     ),
     "InternLMForCausalLM": Family(qkv_bias="bias", o_bias="bias", defaults={"bias": True}, adapt=_internlm),
     "InternLM2ForCausalLM": Family(
@@ -210,7 +213,7 @@ UNSUPPORTED = (
     Feature("rotary embedding of a part of each head", ("partial_rotary_factor", "rotary_pct", "rotary_percent"), (1,)),
     Feature("interleaved rotary embedding", ("rope_interleave", "rotary_interleaved", "rope_interleaved")),
     Feature("layers without positions", ("no_rope_layers", "no_rope_layer_interval", "nope_layer_interval")),
-    Feature("chunked attention", ("attention_chunk_size",)),
+    Feature("chunked attention", ("attention_chunk_size", "dual_chunk_attention_config")),
     Feature("temperatures of attention by position", ("attn_temperature_tuning", "attn_scale"), (1,)),
     Feature("normalised queries and keys", ("use_qk_norm", "qk_layernorm", "use_qk_layernorm", "clip_qkv")),
     Feature("a scale of its own for attention", ("attention_multiplier", "query_pre_attn_scalar")),

@@ -127,7 +127,7 @@ def test_rotary_settings_of_either_transformers(
             "ALiBi positions (Baichuan 13B) is not supported",
         ),
         ({"architectures": ["BaichuanForCausalLM"], "tie_word_embeddings": True}, "tie_word_embeddings=True is not"),
-        ({"architectures": ["InternLMForCausalLM"], "rotary": {"type": "xpos"}}, "rotary of type 'xpos' is not"),
+        ({"architectures": ["InternLMForCausalLM"], "rotary": {"type": "xpos"}}, "rotary={'type': 'xpos'} is not"),
         (
             {"architectures": ["QWenLMHeadModel"], "no_bias": False},
             "no_bias=False (biases in attention output and MLP)",
@@ -329,8 +329,8 @@ def test_destination_is_refused_before_the_work(checkpoint: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("generation", "config", "tokenizer", "expected"),
     [
-        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, True, (5, 6)),
-        ({"eos_token_id": None}, {"eos_token_id": [7]}, True, (7,)),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, True, (5, 6, 2)),
+        ({"eos_token_id": None}, {"eos_token_id": [7]}, True, (7, 2)),
         (None, {"eos_token_id": None}, True, (2,)),
     ],
 )
@@ -341,6 +341,7 @@ def test_source_of_eos(
     tokenizer: bool,
     expected: tuple[int, ...],
 ) -> None:
+    """The tokenizer's own, 2, is always one: there is a chat template."""
     set_eos(checkpoint, generation, config, tokenizer)
     assert convert("tiny", checkpoint, checkpoint.parent / "workspace").eos_token_ids == expected
 

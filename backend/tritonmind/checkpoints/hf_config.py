@@ -41,6 +41,7 @@ _ROPE_FIELDS: dict[str, dict[str, tuple[type, bool]]] = {
         "long_factor": (list, True),
     },
 }
+_ORIGINAL = "original_max_position_embeddings"
 # finetuned: whether the model was trained with it, which changes nothing.
 _ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
@@ -154,15 +155,15 @@ def _sliding_window(reader: ConfigReader, family: Family) -> int:
                 f"layer_types={kinds!r}) is not one of {config['architectures'][0]}"
             )
         return 0
-    num_layers = reader.get("num_hidden_layers", int)
-    num_windowed = num_layers if window else 0
-    if "use_sliding_window" in config or "max_window_layers" in config:
-        first = reader.get("max_window_layers", int, num_layers)
-        num_windowed = max(num_layers - first, 0) if window and reader.get("use_sliding_window", bool, False) else 0
-    if kinds:
-        if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
-            raise CheckpointError(f"{where}: layer_types: layers of type {unknown[0]!r} are not supported")
-        num_windowed = kinds.count("sliding_attention") if window else 0
+    if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise CheckpointError(f"{where}: layer_types: layers of type {unknown[0]!r} are not supported")
+    num_layers, first = reader.get("num_hidden_layers", int), 0
+    if "use_sliding_window" in family.defaults:
+        window = window if reader.get("use_sliding_window", bool, False) else 0
+        first = reader.get("max_window_layers", int, 0)
+    num_windowed = kinds.count("sliding_attention") if kinds else max(num_layers - first, 0)
+    if not window:
+        return 0
     if num_windowed not in (0, num_layers):
         raise CheckpointError(
             f"{where}: {num_windowed} of {num_layers} layers have a sliding window, which is not supported: "
@@ -210,7 +211,9 @@ def _rope(reader: ConfigReader) -> tuple[float, RopeScaling | None]:
     """Transformers 5 writes rope_parameters; before, it was rope_theta with rope_scaling beside it."""
     config, where = reader.config, reader.where
     key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    rope = config.get(key)
+    rope, older = config.get(key), config.get("rope_scaling")
+    if older and older != rope:
+        raise CheckpointError(f"{where}: rope_scaling={older!r} stands beside rope_parameters: put it into that")
     if rope is None:
         return reader.get("rope_theta", float, 10000.0), None
     if not isinstance(rope, dict):
@@ -227,6 +230,9 @@ def _rope(reader: ConfigReader) -> tuple[float, RopeScaling | None]:
         raise CheckpointError(
             f"{where}: {key} of type {rope_type!r} is not supported; supported are {', '.join(_ROPE_FIELDS)}"
         )
+    if _ORIGINAL in fields and config.get(_ORIGINAL) is not None:  # beside the scaling it comes before that in it
+        rope = {**rope, _ORIGINAL: config[_ORIGINAL]}
+        inner = ConfigReader(rope, inner.where)
     given = {name: value for name, value in rope.items() if value is not None}
     if unknown := sorted(given.keys() - _ROPE_COMMON - fields.keys()):
         raise CheckpointError(
