@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tritonmind.chat_template import ChatTemplate, load_chat_template, parse_messages, parse_tools
+from tritonmind.chat_template import (
+    TOOL_TEMPLATE_FILE,
+    ChatTemplate,
+    load_chat_template,
+    parse_messages,
+    parse_tools,
+)
 from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.tokenizer import Tokenizer
 
@@ -81,9 +88,11 @@ def test_broken_template_names_file_and_line(tmp_path: Path) -> None:
 
 
 def test_where_the_template_comes_from(tmp_path: Path) -> None:
-    def rendered() -> str | None:
+    def rendered(*tools: dict[str, Any]) -> str | None:
         found = load_chat_template(tmp_path, SPECIAL)
-        return None if found is None else found.render([])
+        return None if found is None else found.render([], tools=tools)
+
+    tool = {"type": "function", "function": {"name": "f"}}
 
     assert rendered() is None
     config = tmp_path / "tokenizer_config.json"
@@ -91,11 +100,19 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
     assert rendered() is None
     config.write_text(json.dumps({"chat_template": "one"}))
     assert rendered() == "one"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
+    with pytest.raises(InvalidRequestError, match="no place for tools"):
+        rendered(tool)
+    named = [{"name": "tool_use", "template": "{{ tools | length }}"}, {"name": "default", "template": "default"}]
     config.write_text(json.dumps({"chat_template": named}))
-    assert rendered() == "default"
+    assert (rendered(), rendered(tool)) == ("default", "1")
     (tmp_path / "chat_template.jinja").write_text("file")
     assert rendered() == "file"
+    (tmp_path / TOOL_TEMPLATE_FILE).parent.mkdir()
+    (tmp_path / TOOL_TEMPLATE_FILE).write_text("{{ tools[0].function.name }}")
+    assert (rendered(), rendered(tool)) == ("file", "f")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja cannot be read"):
+        rendered()
 
 
 def test_template_of_a_wrong_type_is_named(tmp_path: Path) -> None:

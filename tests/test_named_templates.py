@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.model_configs import LLAMA_2_7B
 from tests.vocabularies import INTERNLM_SYMBOLS, train_sentencepiece, write_config
 from tritonmind.chat_template import ChatTemplate, load_chat_template
 from tritonmind.errors import ConfigError, InvalidRequestError
 from tritonmind.named_templates import NAMED_TEMPLATES, contradiction
-from tritonmind.template_choice import choose_template
+from tritonmind.template_choice import TemplateChoice, choose_template
 from tritonmind.tokenizer import Tokenizer
 from tritonmind_tools.cli import main
 
@@ -109,6 +111,11 @@ def internlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def ends(choice: TemplateChoice, *eos_token_ids: int, vocab_size: int = 400) -> tuple[int, ...]:
+    model = dataclasses.replace(LLAMA_2_7B, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    return choice.end_tokens(model)
+
+
 def prompt_ids(directory: Path) -> list[int]:
     tokenizer = Tokenizer.from_dir(directory)
     template = load_chat_template(directory, tokenizer.special_tokens)
@@ -125,7 +132,7 @@ def test_the_template_that_model_name_names(internlm: Path, tmp_path: Path) -> N
     eoa, user = (tokenizer.vocabulary.token_id(token) for token in ("<eoa>", "<|User|>"))
     ids = prompt_ids(tmp_path)
     assert ids[0] == 1 and ids.count(1) == 1 and user in ids
-    assert choice.end_tokens((2,)) == (2, eoa) and choice.end_tokens((2, eoa)) == (2, eoa) and not choice.warnings
+    assert ends(choice, 2) == ends(choice, 2, eoa) == (2, eoa) and not choice.warnings
     write_config(tmp_path, add_bos_token=False)
     choose_template(internlm.parent / tmp_path, model_name="x", given="internlm-chat-7b").write(tmp_path)
     assert 1 not in prompt_ids(tmp_path)
@@ -135,6 +142,11 @@ def test_the_checkpoints_own_template_comes_first(internlm: Path, tmp_path: Path
     (tmp_path / "tokenizer.model").write_bytes((internlm / "tokenizer.model").read_bytes())
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "own"}))
     assert choose_template(tmp_path, model_name="internlm-chat-7b").source is None
+    # The tokenizer's eos ends a turn too, wherever the configuration has another.
+    write_config(tmp_path, eos_token="<eoa>")
+    eoa = Tokenizer.from_dir(tmp_path).eos_token_id
+    own = choose_template(tmp_path, model_name="some-model")
+    assert eoa is not None and ends(own, 2) == (2, eoa) and ends(own, 2, vocab_size=eoa) == (2,)
     given = choose_template(tmp_path, model_name="internlm-chat-7b", given="internlm-chat-7b")
     assert given.source is not None
     given.write(tmp_path)
@@ -146,7 +158,7 @@ def test_the_checkpoints_own_template_comes_first(internlm: Path, tmp_path: Path
 
 def test_a_stop_word_that_is_no_token_is_said(internlm: Path) -> None:
     choice = choose_template(internlm, model_name="qwen-7b")
-    assert choice.stop_token_ids == () and "'<|im_end|>', which is no token" in choice.warnings[0]
+    assert choice.stop_token_ids == (2,) and "'<|im_end|>', which is no token" in choice.warnings[0]
 
 
 def test_template_files(internlm: Path, tmp_path: Path) -> None:
@@ -158,7 +170,7 @@ def test_template_files(internlm: Path, tmp_path: Path) -> None:
     )
     choice = choose_template(internlm, model_name="x", given=str(own))
     assert ChatTemplate(str(choice.source), {}, where="").render(FIRST + SECOND) == "U:Q 1'\nB:A|U:Q 2'\nB:"
-    assert choice.stop_token_ids == (Tokenizer.from_dir(internlm).vocabulary.token_id("<eoa>"),)
+    assert choice.stop_token_ids == (2, Tokenizer.from_dir(internlm).vocabulary.token_id("<eoa>"))
     over.write_text(json.dumps({"model_name": "yi", "meta_instruction": "Rhyme.", "system": None}))
     source = str(choose_template(internlm, model_name="x", given=str(over)).source)
     assert ChatTemplate(source, {}, where="").render(FIRST) == (

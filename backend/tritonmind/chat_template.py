@@ -24,6 +24,9 @@ from tritonmind.vocabularies.base import TOKENIZER_CONFIG_FILE, read_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
+# A checkpoint may have another template for conversations with tools: beside the first file, or by name in the others.
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
+_DEFAULT_NAME, _TOOL_NAME = "default", "tool_use"
 # Texts of a message: the first two are in each one. Beside them an assistant's message may have tool_calls.
 MESSAGE_KEYS = ("role", "content")
 OPTIONAL_MESSAGE_KEYS = ("name", "tool_call_id", "reasoning_content")
@@ -69,23 +72,27 @@ class _GenerationTag(jinja2.ext.Extension):
 class ChatTemplate:
     """A compiled template. special_tokens: what it may name, such as bos_token and eos_token.
 
-    source: its text. variables: names that it takes from outside, such as tools.
+    tool_source: the text for conversations with tools, None where it is `source`. sources: both. variables: names that
+    they take from outside, such as tools.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], *, where: str) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, where: str, tool_source: str | None = None
+    ) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self.sources = (source,) if tool_source is None else (source, tool_source)
         try:
-            self._template = environment.from_string(source)
+            self._templates = [environment.from_string(text) for text in self.sources]
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}") from None
         self._special_tokens = dict(special_tokens)
-        self.source = source
-        self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        names = (jinja2.meta.find_undeclared_variables(environment.parse(text)) for text in self.sources)
+        self.variables: set[str] = set().union(*names)
 
     def render(
         self,
@@ -104,7 +111,7 @@ class ChatTemplate:
         if tools and "tools" not in self.variables:
             raise InvalidRequestError("tools", list(tools), "this checkpoint's chat template has no place for tools")
         try:
-            return self._template.render(
+            return self._templates[-1 if tools else 0].render(
                 {
                     **self._special_tokens,
                     **(variables or {}),
@@ -125,39 +132,51 @@ class ChatTemplate:
 
 
 class TemplateText(NamedTuple):
-    """A template's source, and the file that it is in."""
+    """A template's source, the file that it is in, and the source for conversations with tools, if that is another."""
 
     source: str
     where: str
+    tool_source: str | None = None
 
 
 def find_chat_template(tokenizer_dir: str | Path) -> TemplateText | None:
     """The checkpoint's own template, None when it has none.
 
     chat_template.jinja comes before chat_template.json and that before the `chat_template` of tokenizer_config.json,
-    which is a text or a list of named ones of which "default" counts. Raises ConfigError naming a file that is wrong.
+    which is a text or a list of named ones: "default", and "tool_use" where there are tools. Raises ConfigError naming
+    a file that is wrong.
     """
     directory = Path(tokenizer_dir)
     file = directory / TEMPLATE_FILE
     if file.is_file():
-        return TemplateText(file.read_text(encoding="utf-8"), str(file))
+        with_tools = directory / TOOL_TEMPLATE_FILE
+        return TemplateText(_text_of(file), str(file), _text_of(with_tools) if with_tools.is_file() else None)
     for name in (TEMPLATE_JSON_FILE, TOKENIZER_CONFIG_FILE):
         file = directory / name
-        source = read_json_object(file).get("chat_template")
+        source, tool_source = read_json_object(file).get("chat_template"), None
         if isinstance(source, list):
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        if isinstance(source, str):
-            return TemplateText(source, str(file))
+            source, tool_source = named.get(_DEFAULT_NAME), named.get(_TOOL_NAME)
+        if isinstance(source, str) and isinstance(tool_source, str | None):
+            return TemplateText(source, str(file), tool_source)
         if source is not None:
             raise ConfigError(f"{file}: chat_template must be a text or a list of named texts")
     return None
 
 
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
 def load_chat_template(tokenizer_dir: str | Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
     """The template that find_chat_template finds. Raises ConfigError naming a file whose template is broken."""
     found = find_chat_template(tokenizer_dir)
-    return None if found is None else ChatTemplate(found.source, special_tokens, where=found.where)
+    if found is None:
+        return None
+    return ChatTemplate(found.source, special_tokens, where=found.where, tool_source=found.tool_source)
 
 
 def parse_messages(text: str) -> list[Message]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tritonmind.chat_template import TEMPLATE_FILE, ChatTemplate, find_chat_template
+from tritonmind.chat_template import TEMPLATE_FILE, TOOL_TEMPLATE_FILE, ChatTemplate, find_chat_template
+from tritonmind.config import ModelConfig
 from tritonmind.errors import ConfigError
 from tritonmind.named_templates import NAMED_TEMPLATES, named_template
 from tritonmind.tokenizer import Tokenizer
@@ -16,7 +16,8 @@ from tritonmind.turn_template import TurnTemplate, turn_template_from_json
 class TemplateChoice(NamedTuple):
     """source: Jinja to put beside the tokenizer; None where the checkpoint's own stays, or where there is none.
 
-    stop_token_ids: what ends an answer beside the checkpoint's eos tokens. warnings: what should be said about it.
+    stop_token_ids: what ends an answer beside the eos tokens of the checkpoint's configuration. warnings: what should
+    be said about it.
     """
 
     source: str | None = None
@@ -27,10 +28,12 @@ class TemplateChoice(NamedTuple):
         """Put the template into a folder of tokenizer files that is ours, where it comes before any other."""
         if self.source is not None:
             (tokenizer_dir / TEMPLATE_FILE).write_text(self.source, encoding="utf-8")
+            (tokenizer_dir / TOOL_TEMPLATE_FILE).unlink(missing_ok=True)
 
-    def end_tokens(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-        """The tokens that end an answer, the checkpoint's first."""
-        return (*eos_token_ids, *(i for i in self.stop_token_ids if i not in eos_token_ids))
+    def end_tokens(self, model: ModelConfig) -> tuple[int, ...]:
+        """The tokens that end an answer, those of the checkpoint's configuration first."""
+        known = dict.fromkeys((*model.eos_token_ids, *self.stop_token_ids))
+        return tuple(token_id for token_id in known if token_id < model.vocab_size)
 
 
 def choose_template(tokenizer_dir: Path, *, model_name: str, given: str | None = None) -> TemplateChoice:
@@ -40,10 +43,15 @@ def choose_template(tokenizer_dir: Path, *, model_name: str, given: str | None =
     """
     if given is not None:
         return _given(given, tokenizer_dir)
+    if find_chat_template(tokenizer_dir) is not None:
+        return TemplateChoice(None, _turn_ends(Tokenizer.from_dir(tokenizer_dir)))
     template = named_template(model_name)
-    if template is None or find_chat_template(tokenizer_dir) is not None:
-        return TemplateChoice()
-    return _turns(template, tokenizer_dir, model_name)
+    return TemplateChoice() if template is None else _turns(template, tokenizer_dir, model_name)
+
+
+def _turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's eos, with which templates end a turn: configurations may have the base model's alone (Yi 1.5)."""
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def _given(given: str, tokenizer_dir: Path) -> TemplateChoice:
@@ -64,7 +72,7 @@ def _given(given: str, tokenizer_dir: Path) -> TemplateChoice:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {given} cannot be read: {error}") from None
     ChatTemplate(source, {}, where=given)
-    return TemplateChoice(source)
+    return TemplateChoice(source, _turn_ends(Tokenizer.from_dir(tokenizer_dir)))
 
 
 def _turns(template: TurnTemplate, tokenizer_dir: Path, origin: str) -> TemplateChoice:
@@ -73,7 +81,7 @@ def _turns(template: TurnTemplate, tokenizer_dir: Path, origin: str) -> Template
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     beginning = tokenizer.encode("", add_special_tokens=True)[:1]
     adds_bos = bool(beginning) and beginning[0] == tokenizer.bos_token_id
-    stops, warnings = [], []
+    stops, warnings = list(_turn_ends(tokenizer)), []
     for word in template.stop_words:
         token_id = tokenizer.vocabulary.token_id(word)
         if token_id is None:

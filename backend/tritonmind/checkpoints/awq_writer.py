@@ -143,6 +143,8 @@ class AwqCheckpointWriter:
         for old in (SHARD_INDEX, SINGLE_FILE, *(path.name for path in self._destination.glob(_SHARD_PATTERN))):
             (self._destination / old).unlink(missing_ok=True)
         for path in sorted(self._temporary.iterdir(), key=lambda path: path.name == CONFIG):
+            if path.is_dir():
+                shutil.rmtree(self._destination / path.name, ignore_errors=True)
             path.replace(self._destination / path.name)
         self._made_destination = False
 

@@ -29,9 +29,9 @@ _TENSOR_PARALLEL_SIZE = 1
 class CheckpointModel:
     """A checkpoint opened for serving, read like a Workspace; nothing is written beside it.
 
-    weight_type, model_name, chat_template: as convert's options; the name is by default the path's last part. Opening
-    reads the configuration, not the weights. Raises CheckpointError for a checkpoint that `convert` would refuse: here
-    for its configuration, in `tensors` for its weights. warnings: what the user should know.
+    weight_type, model_name, chat_template, allow_pickle: as convert's options; the name is by default the path's last
+    part. Opening reads the configuration, not the weights. Raises CheckpointError for a checkpoint that `convert` would
+    refuse: here for its configuration, in `tensors` for its weights. warnings: what the user should know.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class CheckpointModel:
         weight_type: str = AUTO,
         model_name: str | None = None,
         chat_template: str | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         self.path = path
-        self._checkpoint = open_checkpoint(path)
+        self._checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
         full = path.resolve()
         name = model_name or (full.name if path.is_dir() else full.stem)
         model = model_config(
@@ -53,9 +54,10 @@ class CheckpointModel:
             special_token_id=lambda role: special_token_id(self._tokenizer_files, role),
         )
         self._template = TemplateChoice()
-        if chat_template is not None or named_template(name) is not None:  # else nobody needs the tokenizer's files yet
+        in_place = self._checkpoint.tokenizer_in_place() is not None
+        if in_place or chat_template is not None or named_template(name) is not None:  # else its files are made later
             self._template = choose_template(self._tokenizer_files, model_name=name, given=chat_template)
-        self.model = dataclasses.replace(model, eos_token_ids=self._template.end_tokens(model.eos_token_ids))
+        self.model = dataclasses.replace(model, eos_token_ids=self._template.end_tokens(model))
         odd = model_name and contradiction(model_name, self._checkpoint.config["architectures"][0])
         self.warnings = (*([odd] if odd else ()), *self._template.warnings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tritonmind.chat_template import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TOOL_TEMPLATE_FILE
 from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind.tokenizer import VOCABULARY_FILES, Tokenizer
 from tritonmind.vocabularies.base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE
@@ -13,8 +14,9 @@ _COMPANIONS = (
     TOKENIZER_CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
     ADDED_TOKENS_FILE,
-    "chat_template.jinja",
-    "chat_template.json",
+    TEMPLATE_FILE,
+    TEMPLATE_JSON_FILE,
+    TOOL_TEMPLATE_FILE,
 )
 
 
@@ -39,6 +41,7 @@ def collect_tokenizer(source: Path, destination: Path) -> None:
     _load(folder)
     for name in (*VOCABULARY_FILES, *_COMPANIONS):
         if (folder / name).is_file():
+            (destination / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, destination / name)
 
 

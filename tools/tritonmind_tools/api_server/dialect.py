@@ -52,7 +52,7 @@ class Dialect:
 
 def find_dialect(template: ChatTemplate | None, tool_parser: str, reasoning_parser: str) -> Dialect:
     """tool_parser, reasoning_parser: of TOOL_PARSERS and REASONING_PARSERS."""
-    source = "" if template is None else template.source
+    source = "" if template is None else "\n".join(template.sources)
     found: str | None = tool_parser
     if tool_parser == AUTO:
         knows_tools = template is not None and "tools" in template.variables
