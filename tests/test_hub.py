@@ -23,7 +23,8 @@ NAME = "tiny-org/tiny-chat"
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     make_llama_checkpoint(folder, num_layers=1)
-    for extra in ("pytorch_model.bin", "modeling_tiny.py", "README.md", "onnx/model.safetensors"):
+    extras = ("pytorch_model.bin", "modeling_tiny.py", "README.md", "onnx/model.safetensors", "onnx/tokenizer.json")
+    for extra in (*extras, "consolidated.safetensors"):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_bytes(b"not to be downloaded")
     return folder
@@ -66,7 +67,7 @@ def test_a_name_is_downloaded_once_and_then_read_without_the_network(
         wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
         assert wanted | {"tokenizer_config.json", "chat_template.jinja"} == downloaded(hub)
         hub.requests.clear()
-        assert local_model(NAME).name == "tiny-chat" and not downloaded(hub)
+        assert local_model(NAME, allow_pickle=True).name == "tiny-chat" and not downloaded(hub)
     use(hub.url, offline=True)
     source = open_model(NAME)
     assert source.model.model_name == "tiny-chat" and (source.tokenizer_dir / "tokenizer.json").is_file()
@@ -83,7 +84,10 @@ def test_what_the_hub_refuses(repository: Path, use: Callable[..., None], monkey
         assert "the hub has no such repository" in (message := refused("org/nothing"))
         assert "org/nothing does not exist here" in message
         assert f"{NAME}@v9: the repository {NAME} has no revision v9" in refused(f"{NAME}@v9")
-        assert "org/pickle: that repository has no safetensors" in refused("org/pickle")
+        assert "org/pickle: that repository has no safetensors" in (message := refused("org/pickle"))
+        assert "--allow-pickle" in message and "pytorch_model.bin" not in downloaded(hub)
+        folder, name = local_model("org/pickle", allow_pickle=True)
+        assert (folder / "pytorch_model.bin").read_bytes() == b"x" and name == "pickle"
         monkeypatch.delenv("HF_TOKEN")
         assert "org/gated: access to that repository must be granted" in refused("org/gated")
     use("http://127.0.0.1:9")

@@ -226,7 +226,8 @@ class EngineConfig:
     `device` auto picks CUDA when there is one. `dtype` auto is the stored weight type on a GPU and fp32 on a CPU.
     `num_threads` 0 leaves torch's choice. `async_depth` is how many steps may be in flight before their tokens are
     read: 1 hides the host behind the GPU, 0 waits each step (the CPU gains nothing from 1). `lm_head_int8`: on a GPU
-    steps of few logits read the output head in 8 bits, with a scale for each token of the vocabulary.
+    steps of few logits read the output head in 8 bits, with a scale for each token of the vocabulary. `allow_pickle`: a
+    checkpoint's weights may be read from pickle files.
     """
 
     model: ModelConfig
@@ -237,6 +238,7 @@ class EngineConfig:
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     enforce_eager: bool = False
     lm_head_int8: bool = False
+    allow_pickle: bool = False
     num_threads: int = 0
     async_depth: Literal["auto", 0, 1] = "auto"
     check_integrity_when_idle: bool = True

@@ -1,7 +1,8 @@
 """Checkpoints by their name on the Hugging Face hub, through huggingface_hub.
 
 Its cache, HF_HUB_OFFLINE, HF_ENDPOINT and the token (HF_TOKEN, or the one that `hf auth login` stored) work as with it.
-The network is used for a name that the user gave and for nothing else, and never for pickle files.
+The network is used for a name that the user gave and for nothing else, and for pickle files only if they are allowed
+and nothing else is there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ PATTERNS = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
-_BELOW = "*/*"
+_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated.*.pth", "params.json")
+# A pattern's * stands for folders too. Mistral's repositories have the same weights once more under names of its own.
+_IGNORED = (*(f"*/{pattern}" for pattern in (*PATTERNS, *_PICKLES)), "consolidated*.safetensors")
 
 
 class LocalModel(NamedTuple):
@@ -39,9 +43,9 @@ class LocalModel(NamedTuple):
     name: str | None = None
 
 
-def local_model(path: str) -> LocalModel:
+def local_model(path: str, *, allow_pickle: bool = False) -> LocalModel:
     """Where a model is. What is no path here and reads ORGANISATION/NAME or ORGANISATION/NAME@REVISION comes from the
-    hub: its safetensors, configuration and tokenizer.
+    hub: its safetensors, configuration and tokenizer. allow_pickle: where it has no safetensors, its pickle files.
 
     Raises CheckpointError for a name that the hub does not have, may not give or cannot be asked for.
     """
@@ -49,22 +53,26 @@ def local_model(path: str) -> LocalModel:
     if match is None:
         return LocalModel(Path(path))
     repository = match["repository"]
-    folder = _download(repository, match["revision"], path)
+    folder = _download(repository, match["revision"], path, PATTERNS)
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{path}: that repository has no safetensors, and pickle files are not downloaded: take another, or "
-            "download it yourself and run `tritonmind convert --allow-pickle` on its folder"
-        )
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{path}: that repository has no safetensors: take another, or, if you trust where it is from, give "
+                "--allow-pickle, which downloads its pickle files and reads them with PyTorch's restricted unpickler"
+            )
+        folder = _download(repository, match["revision"], path, (*PATTERNS, *_PICKLES))
     return LocalModel(folder, repository.rpartition("/")[2])
 
 
-def _download(repository: str, revision: str | None, path: str) -> Path:
+def _download(repository: str, revision: str | None, path: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     remedy = f"If a local path was meant: {path} does not exist here."
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=[_BELOW])
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
+            )
         )
     except errors.GatedRepoError:
         raise CheckpointError(

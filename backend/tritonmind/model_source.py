@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from tritonmind.checkpoints.checkpoint_model import CheckpointModel
 from tritonmind.checkpoints.meta_checkpoint import PARAMS
@@ -49,23 +51,35 @@ class ModelSource(Protocol):
         ...
 
 
+def opening_options(overrides: Mapping[str, object]) -> dict[str, Any]:
+    """What of an engine's options open_model takes. Raises ConfigError."""
+    value = overrides.get("allow_pickle", False)
+    try:
+        allow_pickle = msgspec.convert(value, bool, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"allow_pickle={value!r} is invalid: {error}") from None
+    return {"dtype": overrides.get("dtype", AUTO), "allow_pickle": allow_pickle}
+
+
 def open_model(
     path: str | os.PathLike[str],
     *,
     dtype: object = AUTO,
     model_name: str | None = None,
     chat_template: str | None = None,
+    allow_pickle: bool = False,
 ) -> ModelSource:
     """The workspace or the checkpoint at `path`, or, for `random:SHAPE`, random weights of that shape.
 
     path: a local one, or a checkpoint's name on the hub, as hub.local_model takes it. dtype: the type that the engine
     was asked to compute in. A checkpoint's weights are rounded to it and to nothing else; for auto they get the type
     that `convert` stores. A workspace's are what they are. model_name, chat_template: of a checkpoint, as `convert`'s;
-    a workspace has its own. Raises WorkspaceError, CheckpointError or ConfigError.
+    a workspace has its own. allow_pickle: a checkpoint's weights may be in pickle files. Raises WorkspaceError,
+    CheckpointError or ConfigError.
     """
     if str(path).startswith(PREFIX):
         return RandomModel(str(path), weight_type=str(dtype))
-    given, name = local_model(str(path))
+    given, name = local_model(str(path), allow_pickle=allow_pickle)
     model_name = model_name or name
     if not given.exists():
         raise WorkspaceError(
@@ -83,4 +97,10 @@ def open_model(
         if model_name not in (None, name):
             workspace.warnings = (f"{given} is a workspace of {name}: the name {model_name} says nothing about it",)
         return workspace
-    return CheckpointModel(given, weight_type=str(dtype), model_name=model_name, chat_template=chat_template)
+    return CheckpointModel(
+        given,
+        weight_type=str(dtype),
+        model_name=model_name,
+        chat_template=chat_template,
+        allow_pickle=allow_pickle,
+    )

@@ -32,7 +32,7 @@ from tritonmind.engine.llm import LLM, inbox
 from tritonmind.errors import ConfigError, InvalidRequestError, UnavailableError
 from tritonmind.hub import local_model
 from tritonmind.messages import EngineRequest, TokenOutput
-from tritonmind.model_source import open_model
+from tritonmind.model_source import open_model, opening_options
 from tritonmind.prompts import next_turn
 from tritonmind.request_fields import SessionFields
 from tritonmind.sampling_params import SamplingParams
@@ -77,10 +77,11 @@ class TurboMind:
         """
         if tp is not None:
             kwargs["tensor_parallel_size"] = tp
-        path, name = local_model(pretrained_model_name_or_path)
+        opening = opening_options(kwargs)
+        path, name = local_model(pretrained_model_name_or_path, allow_pickle=opening["allow_pickle"])
         name = model_name or name
         if model_format is not None or group_size:
-            _check_format(open_model(path, model_name=name).model, model_format, group_size)
+            _check_format(open_model(path, model_name=name, **opening).model, model_format, group_size)
         return cls(LLM(str(path), model_name=name, **kwargs))  # type: ignore[arg-type]
 
     @property

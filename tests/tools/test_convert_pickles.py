@@ -14,8 +14,10 @@ from tests.converted import assert_same, expected_tensors, read_all
 from tests.meta_checkpoint import write_meta_checkpoint
 from tests.vocabularies import train_sentencepiece
 
-from tritonmind.errors import CheckpointError, WorkspaceError
+from tritonmind.engine.llm import LLM
+from tritonmind.errors import CheckpointError, TritonmindError, WorkspaceError
 from tritonmind.model_source import open_model
+from tritonmind.sampling_params import SamplingParams
 from tritonmind.workspace import Workspace
 from tritonmind_tools.cli import main
 from tritonmind_tools.convert import convert
@@ -83,6 +85,17 @@ def test_bin_files(tmp_path: Path, indexed: bool) -> None:
     assert_same(read_all(tmp_path / "workspace"), expected_tensors(dict(model.state_dict()), 2, 1, tied=False))
     with pytest.raises((CheckpointError, WorkspaceError), match="--allow-pickle"):
         open_model(source)
+    assert_same(dict(open_model(source, allow_pickle=True).tensors(0)), read_all(tmp_path / "workspace"))
+
+
+def test_an_engine_reads_what_it_may(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    make_llama_checkpoint(source, safe_serialization=False, num_layers=1, config_overrides=NAMED)
+    with LLM(str(source), in_process=True, device="cpu", cache_max_entry_count=8, allow_pickle="true") as llm:
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids
+    for value, problem in (("false", "--allow-pickle"), ("maybe", "allow_pickle='maybe' is invalid")):
+        with pytest.raises(TritonmindError, match=problem):
+            LLM(str(source), in_process=True, device="cpu", allow_pickle=value)
 
 
 class _Harmful:

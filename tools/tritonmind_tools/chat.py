@@ -24,7 +24,7 @@ ENGINE_NAME = "turbomind"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 # What a command line may say of the engine.
-OVERRIDES = ("model_name", "chat_template", "session_len", "dtype", "device")
+OVERRIDES = ("model_name", "chat_template", "session_len", "dtype", "device", "allow_pickle")
 
 _EXAMPLES = """examples:
   tritonmind chat ./workspace                         talk; an empty line sends, /help says more
@@ -200,6 +200,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
     parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
     parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", default=None, help="of a checkpoint: weights may be in pickle files"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

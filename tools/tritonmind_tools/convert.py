@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tritonmind.hub import local_model
 
-    path = local_model(args.path).path
+    path = local_model(args.path, allow_pickle=args.allow_pickle).path
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -191,7 +191,7 @@ def convert(
         template.write(tokenizer_dir)
         for warning in template.warnings:
             on_warning(warning)
-        model = dataclasses.replace(model, eos_token_ids=template.end_tokens(model.eos_token_ids))
+        model = dataclasses.replace(model, eos_token_ids=template.end_tokens(model))
         check_tensor_parallel(model, tp)
         weights = read_weights(checkpoint, model, tp)
         with WorkspaceWriter(

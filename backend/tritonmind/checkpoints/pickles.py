@@ -73,5 +73,5 @@ def refusal(path: Path, file: str) -> CheckpointError:
     """Why a checkpoint whose weights are in `file` is not read without being asked to."""
     return CheckpointError(
         f"{path} holds its weights only as pickle ({file}), a format that can run code when loaded. If you trust where "
-        "it is from, run `tritonmind convert` with --allow-pickle, which reads it with PyTorch's restricted unpickler"
+        "it is from, give --allow-pickle, which reads it with PyTorch's restricted unpickler"
     )

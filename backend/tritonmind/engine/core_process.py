@@ -24,7 +24,7 @@ from tritonmind.engine.device import resolve_device
 from tritonmind.engine.loop import run_engine
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import EngineFailed, FromEngine, ToEngine
-from tritonmind.model_source import open_model
+from tritonmind.model_source import open_model, opening_options
 
 LIFELINE_FD = 0  # standard input
 # Objects that must have come and stayed before the collector looks for cycles, of which a step makes none: on its way
@@ -61,7 +61,7 @@ def main() -> int:
 
     try:
         overrides = setup["overrides"]
-        source = open_model(setup["model"], dtype=overrides.get("dtype", "auto"))
+        source = open_model(setup["model"], **opening_options(overrides))
         config = source.engine_config(**overrides)
         use_expandable_segments(resolve_device(config.device))
         core = EngineCore(source, config)

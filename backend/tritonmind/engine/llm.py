@@ -16,7 +16,7 @@ from tritonmind.errors import InvalidRequestError, UnavailableError
 from tritonmind.grammars import GrammarCompiler
 from tritonmind.hub import local_model
 from tritonmind.messages import EngineRequest, FinishReason, TokenLogprob, TokenOutput
-from tritonmind.model_source import open_model
+from tritonmind.model_source import open_model, opening_options
 from tritonmind.sampling_params import GenerationDefaults, SamplingParams, resolve, siblings
 from tritonmind.text_stream import TextDelta, TextStream, text_stream
 from tritonmind.tokenizer import Tokenizer
@@ -95,13 +95,9 @@ class LLM:
         chat_template: str | None = None,
         **overrides: object,
     ) -> None:
-        path, name = local_model(model_path)
-        source = open_model(
-            path,
-            dtype=overrides.get("dtype", "auto"),
-            model_name=model_name or name,
-            chat_template=chat_template,
-        )
+        opening = opening_options(overrides)
+        path, name = local_model(model_path, allow_pickle=opening["allow_pickle"])
+        source = open_model(path, model_name=model_name or name, chat_template=chat_template, **opening)
         self.model = source.model
         self.warnings = source.warnings
         self.tokenizer = Tokenizer.from_dir(source.tokenizer_dir)

@@ -11,7 +11,7 @@ from tritonmind.engine.core import EngineCore
 from tritonmind.engine.loop import run_engine
 from tritonmind.errors import TritonmindError
 from tritonmind.messages import ToEngine
-from tritonmind.model_source import open_model
+from tritonmind.model_source import open_model, opening_options
 
 
 class ThreadEngineClient(EngineClient):
@@ -27,7 +27,7 @@ class ThreadEngineClient(EngineClient):
 
     def _run(self, model_path: str, overrides: dict[str, object]) -> None:
         try:
-            source = open_model(model_path, dtype=overrides.get("dtype", "auto"))
+            source = open_model(model_path, **opening_options(overrides))
             core = EngineCore(source, source.engine_config(**overrides))
             run_engine(core, self._take, self._receive)
         except TritonmindError as error:

@@ -65,6 +65,9 @@ def _add_engine(group: Any) -> None:
         help="of a checkpoint: chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints",
     )
     group.add_argument(
+        "--allow-pickle", action="store_true", default=None, help="of a checkpoint: weights may be in pickle files"
+    )
+    group.add_argument(
         "--engine-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over config.ini's"
     )
 

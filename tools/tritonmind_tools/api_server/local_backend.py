@@ -17,7 +17,7 @@ from tritonmind.engine.launch import start_engine
 from tritonmind.errors import CancelledError, TritonmindError
 from tritonmind.live_request import Answer
 from tritonmind.metrics import Metrics
-from tritonmind.model_source import open_model
+from tritonmind.model_source import open_model, opening_options
 from tritonmind.request_fields import ParsedRequest
 from tritonmind.sampling_params import GenerationDefaults
 from tritonmind.serving import DEFAULT_DRAIN_TIMEOUT_S, DEFAULT_PRIORITY, RequestServer
@@ -46,7 +46,7 @@ class LocalBackend:
         name: str | None = None,
         chat_template: str | None = None,
     ) -> None:
-        source = open_model(path, dtype=overrides.get("dtype", "auto"), chat_template=chat_template)
+        source = open_model(path, chat_template=chat_template, **opening_options(overrides))
         self.warnings = source.warnings
         tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
         template = load_chat_template(source.tokenizer_dir, tokenizer.special_tokens)

@@ -40,6 +40,7 @@ _ENGINE_OPTIONS = {
     "dtype": "dtype",
     "device": "device",
     "cache_max_entry_count": "cache_max_entry_count",
+    "allow_pickle": "allow_pickle",
 }
 
 

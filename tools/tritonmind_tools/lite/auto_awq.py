@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         model = auto_awq(
             args.model,
             args.work_dir,
+            allow_pickle=args.allow_pickle,
             w_bits=args.w_bits,
             group_size=args.w_group_size,
             scaling=scaling,
@@ -95,6 +96,7 @@ def auto_awq(
     model: Path,
     work_dir: Path = DEFAULT_WORK_DIR,
     *,
+    allow_pickle: bool = False,
     w_bits: int = W_BITS,
     group_size: int = DEFAULT_GROUP_SIZE,
     scaling: Scaling = "search",
@@ -116,7 +118,7 @@ def auto_awq(
     if search_tokens < 1:
         raise ConfigError(f"--search_tokens={search_tokens} must be at least 1")
     torch_device = pick_device(device)
-    source = LayerSource(model)
+    source = LayerSource(model, allow_pickle=allow_pickle)
     quantised = dataclasses.replace(source.model, weight_type="int4", group_size=group_size, unquantized_type="fp16")
     calibration = None if scaling == "none" else open_calibration(work_dir, source)
     with AwqCheckpointWriter(work_dir, quantised, source.checkpoint) as writer:

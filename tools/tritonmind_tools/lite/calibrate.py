@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             args.work_dir,
             dataset=args.calib_dataset,
             dataset_path=args.calib_path,
+            allow_pickle=args.allow_pickle,
             allow_download=args.allow_download,
             num_samples=args.calib_samples,
             seqlen=args.calib_seqlen,
@@ -80,6 +81,7 @@ def calibrate(
     *,
     dataset: str = DEFAULT_DATASET,
     dataset_path: Path | None = None,
+    allow_pickle: bool = False,
     allow_download: bool = False,
     num_samples: int = DEFAULT_SAMPLES,
     seqlen: int = DEFAULT_SEQLEN,
@@ -104,7 +106,7 @@ def calibrate(
         if value < 1:
             raise ConfigError(f"{option}={value} must be at least 1")
     documents = open_documents(dataset, dataset_path, allow_download=allow_download)
-    source = LayerSource(model)
+    source = LayerSource(model, allow_pickle=allow_pickle)
     if seqlen > source.model.max_position_embeddings:
         raise ConfigError(
             f"--calib_seqlen={seqlen} is more than the model's max_position_embeddings="

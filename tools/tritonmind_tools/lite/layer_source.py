@@ -35,9 +35,9 @@ class LayerSource:
     Raises CheckpointError for a checkpoint that cannot be served, and for one that is quantised already.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         self.path = path
-        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.checkpoint: Checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
         _refuse_quantised(self.checkpoint)
         name = path.resolve()
         self.model = model_config(

@@ -17,8 +17,9 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --work-dir and --device."""
+    """--model, --allow-pickle, --work-dir and --device."""
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory or .gguf file")
+    parser.add_argument("--allow-pickle", action="store_true", help="its weights may be in pickle files")
     parser.add_argument("--work-dir", type=Path, default=DEFAULT_WORK_DIR, help="default: ./%(default)s")
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="auto is a GPU where there is one")
 
