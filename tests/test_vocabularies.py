@@ -60,8 +60,8 @@ def models(directories: dict[str, Path]) -> dict[str, sentencepiece.SentencePiec
     }
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-    detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+def streamed(tokenizer: Tokenizer, ids: list[int], **options: bool) -> str:
+    detokenizer = tokenizer.detokenizer(**options)
     return "".join([*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()])
 
 
@@ -84,7 +84,9 @@ def test_sentencepiece_ids_and_texts_are_the_librarys(
         assert streamed(ours, ids) == ours.decode(ids) == theirs.decode(ids)
     if kind in ("llama", "internlm", "no prefix"):
         assert ours.decode(ids) == text.replace("\u2581", " ")
-        assert ours.decode([*ids, *ours.encode_continuation(text)]) == text.replace("\u2581", " ") * 2
+        more = ours.encode_continuation(text)
+        assert ours.decode([*ids, *more]) == text.replace("\u2581", " ") * 2
+        assert streamed(ours, more, continues=True) == text.replace("\u2581", " ")
 
 
 @settings(max_examples=120, deadline=None)

@@ -44,7 +44,7 @@ class Senders:
         num_lanes: int = NUM_LANES,
     ) -> None:
         self._decoded = functools.lru_cache(maxsize=None)(  # at most the vocabulary
-            lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False)
+            lambda token_id: tokenizer.token_bytes(token_id).decode(errors="replace")
         )
         self._sessions = sessions
         self._metrics = metrics

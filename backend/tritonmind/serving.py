@@ -242,7 +242,7 @@ class RequestServer:
             live.prompt_token_ids = token_ids
             echo = text if live.request.echo else ""
             requests = siblings(first, params.n)
-            stream = text_stream(self._tokenizer, params)
+            stream = text_stream(self._tokenizer, params, continues=live.request.messages is None)
             live.choices = [
                 Choice(
                     request.request_id,

@@ -6,6 +6,7 @@ Text that may be the beginning of a stop string is held back until that is decid
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class TextStream:
 
     stop: strings that end the answer. Tokens after the one that completes a stop string do not count. What ends the
     answer, a stop string or a token by its id, has no text in it unless include_stop. Special tokens count but have no
-    text, unless skip_special_tokens is false.
+    text, unless skip_special_tokens is false. continues: as Tokenizer.detokenizer.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class TextStream:
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        continues: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+        self._new_detokenizer = functools.partial(
+            tokenizer.detokenizer, skip_special_tokens=skip_special_tokens, continues=continues
+        )
+        self._detokenizer = self._new_detokenizer()
         self._include_stop = include_stop
         self._matcher = StopMatcher(stop) if stop else None
         self._pending = ""
@@ -121,9 +124,9 @@ class TextStream:
 
     def sibling(self) -> TextStream:
         """The stream of another answer to the same request."""
-        other = TextStream(
-            self._tokenizer, include_stop=self._include_stop, skip_special_tokens=self._skip_special_tokens
-        )
+        other = copy.copy(self)
+        other._detokenizer = self._new_detokenizer()
+        other._pending, other.finished = "", False
         other._matcher = None if self._matcher is None else self._matcher.fresh()
         return other
 
@@ -187,8 +190,12 @@ class TextStream:
         return shown, None
 
 
-def text_stream(tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
-    """The stream of an answer to a request with these options."""
+def text_stream(tokenizer: Tokenizer, params: SamplingParams, *, continues: bool) -> TextStream:
+    """The stream of an answer to a request with these options. continues: it goes on from a text, no conversation."""
     return TextStream(
-        tokenizer, params.stop, include_stop=params.include_stop, skip_special_tokens=params.skip_special_tokens
+        tokenizer,
+        params.stop,
+        include_stop=params.include_stop,
+        skip_special_tokens=params.skip_special_tokens,
+        continues=continues,
     )

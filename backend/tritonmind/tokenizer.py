@@ -29,11 +29,11 @@ class IncrementalDetokenizer:
     whose bytes are not all there yet is held back; bytes that can never become one turn into U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, continues: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._to_strip = tokenizer.vocabulary.decoding.strip
+        self._to_strip = 0 if continues else tokenizer.vocabulary.decoding.strip
         self._started = False
 
     def push(self, token_id: int) -> str:
@@ -167,8 +167,9 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return detokenizer.push_all(ids) + detokenizer.flush()
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
+    def detokenizer(self, *, skip_special_tokens: bool = True, continues: bool = False) -> IncrementalDetokenizer:
+        """continues: the text goes on from another one, so a space that it begins with is its own."""
+        return IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens, continues=continues)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes, perhaps part of a character, that a token adds to the text. Empty for an unknown id."""

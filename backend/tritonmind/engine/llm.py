@@ -177,7 +177,9 @@ class LLM:
         """Of a stream."""
         if params.n != 1:
             raise InvalidRequestError("n", params.n, "a stream is one answer: call generate, or stream n times")
-        return _Answer(self.request(prompt, params), text_stream(self.tokenizer, params))
+        return _Answer(
+            self.request(prompt, params), text_stream(self.tokenizer, params, continues=not _is_chat(prompt))
+        )
 
     def _streamed(self, answer: _Answer, output: TokenOutput) -> StreamDelta:
         delta = self._take(answer, output)
@@ -204,7 +206,7 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode_prompt(prompt)
-        if not prompt or isinstance(prompt[0], int):
+        if not _is_chat(prompt):
             return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
         if self.chat_template is None:
             raise InvalidRequestError("prompt", prompt, "the checkpoint has no chat template: pass text or token ids")
@@ -225,6 +227,11 @@ class LLM:
         return delta
 
 
+def _is_chat(prompt: Prompt) -> bool:
+    """Whether it is messages, not text or token ids."""
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], int)
+
+
 class _Batch:
     """The answers of one call of `generate`, by the engine's numbers of their requests."""
 
@@ -239,7 +246,7 @@ class _Batch:
 
     def submit(self, prompt: Prompt, on_output: Callable[[TokenOutput], None]) -> None:
         first = self._llm.request(prompt, self._params)
-        stream = text_stream(self._llm.tokenizer, self._params)
+        stream = text_stream(self._llm.tokenizer, self._params, continues=not _is_chat(prompt))
         for request in siblings(first, self._params.n):
             self._llm.engine.submit(request, on_output)
             self._answers[request.request_id] = _Answer(request, stream.sibling())

@@ -71,7 +71,17 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     (message() | {"response_format": {"type": "xml"}}, "response_format"),
     (message() | {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     (message() | {"response_format": {"type": "regex", "regex": 1}}, "response_format"),
+    (
+        message() | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": float("nan")}}}},
+        "response_format",
+    ),
+    (message() | {"response_format": {"type": "regex", "regex": "\ud800"}}, "response_format"),
+    (
+        message() | {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": float("inf")}}}]},
+        "tools",
+    ),
     (message() | {"reasoning_effort": "low"}, "reasoning_effort"),
+    (message() | {"user": "\ud800"}, "user"),
     (message() | {"audio": {"voice": "x"}}, "audio"),
     (message() | {"functions": []}, "functions"),
     (message() | {"store": True}, "store"),
@@ -122,6 +132,7 @@ def test_a_bad_completion_is_a_400_that_names_its_field(fields: dict[str, Any], 
         {"prompt": ""},
         {"prompt": "a", "stop": True},
         {"prompt": "a", "request_output_len": -1},
+        {"prompt": "a", "request_output_len": 0},
         {"prompt": "a", "sequence_start": True},
         {},
     ],
@@ -157,7 +168,7 @@ def test_unknown_models_and_routes() -> None:
         "code": "model_not_found",
     }
     assert send("/v1/models/gpt", method="GET").status_code == 404
-    assert send("/v1/nowhere", method="GET").json()["error"]["type"] == "invalid_request_error"
+    assert send("/v1/nowhere", method="GET", headers={"host": "["}).json()["error"]["type"] == "invalid_request_error"
     assert send(CHAT, method="GET").status_code == 405
     assert (
         send("/v1/embeddings", json={"model": MODEL, "input": "a"}).json()["error"]["code"] == "unsupported_operation"

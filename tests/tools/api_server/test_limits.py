@@ -133,11 +133,11 @@ def test_metrics_are_written_as_prometheus_reads_them() -> None:
     registry = Registry()
     counter = registry(name="a_total", description="A", kind=registry.COUNTER).Metric(labels={"model": 'm"\n'})
     histogram = registry(name="b", description="B", kind=registry.HISTOGRAM).Metric(labels={}, buckets=[1, 2])
-    counter.increment(2)
+    counter.increment(12_345_678)
     for value in (0.5, 1, 3):
         histogram.observe(value)
     assert registry.text() == (
-        '# HELP a_total A\n# TYPE a_total counter\na_total{model="m\\"\\n"} 2\n# HELP b B\n# TYPE b histogram\n'
+        '# HELP a_total A\n# TYPE a_total counter\na_total{model="m\\"\\n"} 12345678\n# HELP b B\n# TYPE b histogram\n'
         'b_bucket{le="1"} 2\nb_bucket{le="2"} 2\nb_bucket{le="+Inf"} 3\nb_sum{} 4.5\nb_count{} 3\n'
     ).replace("{}", "")
 
@@ -147,6 +147,7 @@ def test_metrics_are_written_as_prometheus_reads_them() -> None:
     [
         (["missing", "--max-body-size", "0"], "--max-body-size=0"),
         (["missing", "--max-concurrent-requests", "-1"], "--max-concurrent-requests=-1"),
+        (["missing", "--api-key", " "], "--api-key"),
         (["missing", "--server-port", "99999"], "--server-port=99999"),
         (["missing", "--ssl-keyfile", "x"], "--ssl-keyfile"),
         (["missing", "--ssl-certfile", "x"], "--ssl-certfile=x"),

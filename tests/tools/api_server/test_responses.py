@@ -100,6 +100,8 @@ def test_one_that_is_cut_off_and_one_that_fails() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": []}, "input"),
         ({"input": [{"type": "computer_call"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": "a", "weight": 1}]}, "input[0]"),
+        ({"reasoning": {"effort": "boundless"}}, "reasoning.effort"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),

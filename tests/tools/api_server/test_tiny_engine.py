@@ -22,6 +22,7 @@ from tests.workspaces import tiny_workspace
 from tritonmind_tools.api_server.local_backend import LocalBackend
 
 MODEL = "tiny"
+BOS = "<|im_start|>"
 NUM_CLIENTS = 200
 NUM_TOKENS = 12
 MAX_EXAMPLES = 12
@@ -35,6 +36,12 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workspace = tiny_workspace(tmp_path_factory.mktemp("tiny"), max_position_embeddings=512)
+    # As Llama-2's: a text loses the space that it begins with.
+    file = workspace / "triton_models" / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], strip]}
+    file.write_text(json.dumps(content))
     options = {"num_threads": 1, "max_num_seqs": 64, "cache_max_entry_count": 1024, "device": "cpu"}
     backend = LocalBackend(str(workspace), options, name=MODEL)
     with running(app_of(backend)) as url:
@@ -123,13 +130,43 @@ def test_a_client_that_goes_frees_the_engine(served: Served) -> None:
 
 
 def test_the_prompts_log_probabilities_and_text_come_back(served: Served) -> None:
-    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 0, "echo": True, "logprobs": 1}
-    (choice,) = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()["choices"]
+    def ask(**fields: Any) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": f"{BOS}hé b", "echo": True, "logprobs": 1, **fields}
+        answer: dict[str, Any] = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
+        return answer
+
+    alone = ask(max_tokens=0)
+    (choice,) = alone["choices"]
     logprobs = choice["logprobs"]
-    assert choice["text"] and choice["finish_reason"] == "length"
-    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 3
+    assert choice["text"] == f"{BOS}hé b" and choice["finish_reason"] == "length"
+    assert alone["usage"]["completion_tokens"] == 0
+    number = alone["usage"]["prompt_tokens"]
+    assert [len(values) for values in logprobs.values()] == [number] * 4
     assert logprobs["token_logprobs"][0] is None and logprobs["token_logprobs"][1] < 0
-    assert len(logprobs["top_logprobs"][1]) in (1, 2) and logprobs["text_offset"][0] == 0
+    assert len(logprobs["top_logprobs"][1]) in (1, 2)
+    # A special token that is written out is in the text; both bytes of a letter are at its place.
+    at = len(BOS)
+    assert logprobs["tokens"][:2] == [BOS, "h"] and logprobs["text_offset"][:5] == [0, at, at + 1, at + 1, at + 2]
+    # Each answer has the prompt, and its own tokens behind it.
+    for each in ask(max_tokens=3, n=2, seed=1, ignore_eos=True)["choices"]:
+        assert each["logprobs"]["tokens"][:number] == logprobs["tokens"]
+        assert each["logprobs"]["text_offset"][:number] == logprobs["text_offset"]
+        assert len(each["logprobs"]["tokens"]) == number + 3 and each["logprobs"]["text_offset"][number] == at + 4
+
+
+def test_what_goes_on_from_a_text_keeps_its_first_space(served: Served) -> None:
+    """Python's indentation depends on it. An answer to messages begins with a word, as Transformers decodes it."""
+    tokenizer = served.backend.model.tokenizer
+    assert tokenizer is not None
+    (space,) = tokenizer.encode(" ", add_special_tokens=False)
+    options = {"model": MODEL, "logit_bias": {space: 100}, "max_tokens": 2, "temperature": 0, "logprobs": 1}
+    (choice,) = httpx.post(f"{served.url}/v1/completions", json={**options, "prompt": "a"}, timeout=60).json()[
+        "choices"
+    ]
+    assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "  "
+    options = {**options, "logprobs": True, "messages": "a"}
+    (choice,) = httpx.post(f"{served.url}/v1/chat/completions", json=options, timeout=60).json()["choices"]
+    assert choice["message"]["content"] == " "
 
 
 def test_metrics_count_what_was_done(served: Served) -> None:

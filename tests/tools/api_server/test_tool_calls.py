@@ -104,7 +104,7 @@ def test_the_template_says_how_calls_are_written() -> None:
         ).tool_parser
 
     assert parser("{{ tools }}<tool_call>") == "hermes"
-    assert parser("{{ tools }}<|python_tag|>") == "llama3"
+    assert parser("{{ tools }}<|start_header_id|>ipython<|end_header_id|>") == "llama3"
     assert parser("{{ tools }}<|plugin|>") == "internlm2"
     assert parser("<tool_call>") is None
 
@@ -159,9 +159,11 @@ def test_allowed_tools_are_the_only_ones() -> None:
 
 
 def test_special_marks_of_calls_are_kept_in_the_text() -> None:
-    backend = ScriptedBackend(lambda request: words("ok"), template="{{ tools }}<|python_tag|>")
-    assert post(backend, "/v1/chat/completions", chat(tools=TOOLS)).status_code == 200
+    backend = ScriptedBackend(lambda request: words("ok"), template="{{ tools }}<|start_header_id|>ipython")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]
+    assert post(backend, "/v1/chat/completions", chat(tools=TOOLS, messages=messages)).status_code == 200
     assert not backend.requests[0].params.skip_special_tokens
+    assert backend.requests[0].messages == [messages[0], {"role": "assistant", "content": "b"}]
 
 
 def test_a_model_without_a_template_for_tools_is_told_of_them() -> None:

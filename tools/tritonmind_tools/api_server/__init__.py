@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from tritonmind_tools.api_server.dialect import AUTO, REASONING_PARSERS, TOOL_PARSERS
+
 DEFAULT_PORT = 23333  # LMDeploy's
 DEFAULT_ADDRESS = "127.0.0.1"
-_PARSERS = ("auto", "none", "llama3", "hermes", "internlm2", "prompt")
 
 _EXAMPLES = """examples:
   tritonmind serve api_server ./workspace                                 on http://127.0.0.1:23333, Swagger UI at /
@@ -75,14 +76,14 @@ def _add_engine(group: Any) -> None:
 def _add_text(group: Any) -> None:
     group.add_argument(
         "--tool-call-parser",
-        choices=_PARSERS,
-        default="auto",
+        choices=TOOL_PARSERS,
+        default=AUTO,
         help="how the model writes calls of tools (default: by its chat template); prompt describes tools to any model",
     )
     group.add_argument(
         "--reasoning-parser",
-        choices=("auto", "none", "think"),
-        default="auto",
+        choices=REASONING_PARSERS,
+        default=AUTO,
         help="think: what is between <think> and </think> goes to reasoning_content (default: by the chat template)",
     )
 

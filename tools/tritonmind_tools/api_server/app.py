@@ -158,7 +158,7 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
         return card
 
     @app.post("/v1/encode", tags=["LMDeploy"], summary="Token ids of texts")
-    async def encode(body: EncodeBody) -> dict[str, Any]:
+    def encode(body: EncodeBody) -> dict[str, Any]:  # no coroutine: a long text is read in a thread
         return _encoded(body, backend)
 
     @app.post("/v1/embeddings", tags=["OpenAI"], summary="Refused: the model generates text", include_in_schema=False)

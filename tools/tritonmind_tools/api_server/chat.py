@@ -128,7 +128,12 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": body.model,
         }
-        self.choices = [self._new_choice() for _ in range(self.request.params.n)]
+        thinks = dialect.has_reasoning and self.request.params.guided is None
+        inside = thinks and dialect.starts_inside(self.request.template_variables)
+        self.choices = [
+            Choice(ReasoningParser(inside=inside) if thinks else None, self._call_parser())
+            for _ in range(self.request.params.n)
+        ]
         self._usage = Usage()
 
     @property
@@ -218,17 +223,12 @@ class ChatAnswer:
             return "tool_calls"
         return reason
 
-    def _new_choice(self) -> Choice:
-        calls = None
-        if self._tools.offered:
-            form = FORCED if self._tools.forced else FORMATS.get(self._dialect.tool_parser or "", FORMATS["hermes"])
-            one = self._tools.forced or self._body.parallel_tool_calls is False
-            calls = ToolCallParser(form, self._tools.names, max_calls=1 if one else None)
-        reasoning = None
-        if self._dialect.has_reasoning and self.request.params.guided is None:
-            variables = self.request.template_variables
-            reasoning = ReasoningParser(inside=self._dialect.starts_inside(variables))
-        return Choice(reasoning, calls)
+    def _call_parser(self) -> ToolCallParser | None:
+        if not self._tools.offered:
+            return None
+        form = FORCED if self._tools.forced else FORMATS.get(self._dialect.tool_parser or "", FORMATS["hermes"])
+        one = self._tools.forced or self._body.parallel_tool_calls is False
+        return ToolCallParser(form, self._tools.names, max_calls=1 if one else None)
 
     def _parsed(self) -> ParsedRequest:
         body, tools = self._body, self._tools

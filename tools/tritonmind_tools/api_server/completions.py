@@ -7,10 +7,11 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from tritonmind.request_fields import ParsedRequest
-from tritonmind_tools.api_server.backends import Backend
+from tritonmind_tools.api_server.backends import Backend, Position
 from tritonmind_tools.api_server.errors import refused
 from tritonmind_tools.api_server.fields import invalid
 from tritonmind_tools.api_server.logprobs import CompletionLogprobs
@@ -27,6 +28,15 @@ MAX_PROMPTS = 128
 
 # A batch of deltas, and which prompt they answer.
 Numbered = tuple[int, list[Delta]]
+
+
+class Piece(NamedTuple):
+    """What is new of the answer of that number."""
+
+    number: int
+    text: str
+    logprobs: dict[str, list[Any]] | None
+    finish_reason: str | None
 
 
 class CompletionAnswer:
@@ -53,8 +63,16 @@ class CompletionAnswer:
             "model": body.model,
         }
         num_answers = self._n * len(self._requests)
-        self._logprobs = [CompletionLogprobs(body.logprobs or 0, backend.model.tokenizer) for _ in range(num_answers)]
+        self._logprobs = [
+            CompletionLogprobs(
+                body.logprobs or 0,
+                backend.model.tokenizer,
+                skip_special_tokens=body.skip_special_tokens is not False,
+            )
+            for _ in range(num_answers)
+        ]
         self._echoed: set[int] = set()
+        self._prompt_logprobs: dict[int, list[Position | None]] = {}  # by the prompt's number
         self._usage = Usage()
 
     async def write(self, writer: Writer) -> None:
@@ -69,8 +87,7 @@ class CompletionAnswer:
         logprobs: list[dict[str, list[Any]]] = [{} for _ in range(num_answers)]
         async for prompt, batch in batches:
             for delta in batch:
-                index = prompt * self._n + delta.index
-                text, more, reason = self._piece(index, delta)
+                index, text, more, reason = self._piece(prompt, delta)
                 texts[index] += text
                 reasons[index] = reason or reasons[index]
                 for name, values in (more or {}).items():
@@ -92,8 +109,7 @@ class CompletionAnswer:
                 await writer.begin(EVENT_STREAM)
             events = []
             for delta in batch:
-                index = prompt * self._n + delta.index
-                text, logprobs, reason = self._piece(index, delta)
+                index, text, logprobs, reason = self._piece(prompt, delta)
                 if text or logprobs or reason:
                     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
                     chunk = {**self._head, "choices": [choice]}
@@ -107,30 +123,34 @@ class CompletionAnswer:
             last = event({**self._head, "choices": [], "usage": self._usage.body()})
         await writer.end(last + DONE)
 
-    def _piece(self, index: int, delta: Delta) -> tuple[str, dict[str, list[Any]] | None, str | None]:
-        """What a delta adds to the answer of that number: text, log-probabilities, and why it ended."""
-        self._usage.add([delta], index // self._n)
-        reason = "stop" if delta.finish_reason == "cancelled" else delta.finish_reason
-        text, logprobs = delta.text, None
-        if self._body.logprobs is not None:
-            logprobs = self._logprobs_of(index, delta)
+    def _piece(self, prompt: int, delta: Delta) -> Piece:
+        """What a delta for the prompt of that number adds to one of its answers."""
         if self._echo_only:
-            text = ""
+            delta = replace(
+                delta,
+                text="",
+                token_ids=[],
+                num_tokens=0,
+                logprobs=[],
+                finish_reason="length" if delta.finish_reason else None,
+            )
+        index = prompt * self._n + delta.index
+        self._usage.add([delta], prompt)
+        if delta.prompt_logprobs is not None:  # with the first answer's first token
+            self._prompt_logprobs[prompt] = delta.prompt_logprobs
+        echo = ""
+        logprobs: dict[str, list[Any]] = {}
         if self._body.echo and index not in self._echoed:
             self._echoed.add(index)
-            text = self._prompt_text(index // self._n) + text
-        return text, logprobs, "length" if self._echo_only and reason else reason
-
-    def _logprobs_of(self, index: int, delta: Delta) -> dict[str, list[Any]] | None:
-        maker = self._logprobs[index]
-        found: dict[str, list[Any]] = {}
-        if self._body.echo and delta.prompt_logprobs is not None:
-            ids = self._prompt_ids(index // self._n)
-            found = maker.of(ids, delta.prompt_logprobs)
-        if delta.logprobs and not self._echo_only:
-            for name, values in maker.of(delta.token_ids, list(delta.logprobs)).items():
-                found.setdefault(name, []).extend(values)
-        return found or None
+            echo = self._prompt_text(prompt)
+            if prompt in self._prompt_logprobs:
+                ids = self._prompt_ids(prompt)
+                logprobs = self._logprobs[index].of_prompt(ids, self._prompt_logprobs[prompt], echo)
+        if delta.logprobs:
+            for name, values in self._logprobs[index].of(delta.token_ids, delta.logprobs).items():
+                logprobs.setdefault(name, []).extend(values)
+        reason = "stop" if delta.finish_reason == "cancelled" else delta.finish_reason
+        return Piece(index, echo + delta.text, logprobs or None, reason)
 
     def _prompt_text(self, number: int) -> str:
         prompt = self._body.prompt[number]

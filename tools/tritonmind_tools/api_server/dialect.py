@@ -17,7 +17,7 @@ AUTO, NONE, PROMPT, THINK = "auto", "none", "prompt", "think"
 TOOL_PARSERS = (AUTO, NONE, *FORMATS, PROMPT)
 REASONING_PARSERS = (AUTO, NONE, THINK)
 # A template that has one of these marks writes calls in that format.
-_SIGNS = {"internlm2": "<|plugin|>", "hermes": "<tool_call>", "llama3": "<|python_tag|>"}
+_SIGNS = {"internlm2": "<|plugin|>", "hermes": "<tool_call>", "llama3": "<|start_header_id|>ipython"}
 _INSTRUCTIONS = """You may call functions to answer. They are, one a line, between <tools> and </tools>:
 <tools>
 {tools}

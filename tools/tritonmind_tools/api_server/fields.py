@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BeforeValidator, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, PlainValidator, ValidationInfo, WithJsonSchema
 
 from tritonmind_tools.api_server.errors import ApiError, refused
 
@@ -66,11 +66,12 @@ _MESSAGES_SCHEMA: dict[str, Any] = {
 }
 # Keys that the openai client writes into an assistant's message that is sent back, without a meaning here when empty.
 _EMPTY_KEYS = ("refusal", "audio", "function_call", "annotations")
+_REPEATED_KEY = "parsed"  # its content again, as an object of the openai client
 _KEYS = {
     "system": {"content", "name"},
     "developer": {"content", "name"},
     "user": {"content", "name"},
-    "assistant": {"content", "name", "tool_calls", "reasoning_content", *_EMPTY_KEYS},
+    "assistant": {"content", "name", "tool_calls", "reasoning_content", *_EMPTY_KEYS, _REPEATED_KEY},
     "tool": {"content", "tool_call_id"},
 }
 
@@ -90,10 +91,11 @@ def checked_text(value: Any, param: str) -> str:
     return value
 
 
-def checked_json(value: Any, param: str) -> str:
-    """JSON of a value that came as JSON."""
+def checked_json(value: Any, param: str) -> None:
+    """See that a value that came as JSON can be written as JSON again, by any library."""
     try:
-        return msgspec.json.encode(value).decode()
+        msgspec.json.encode(value)
+        json.dumps(value, allow_nan=False)
     except UnicodeEncodeError:
         raise invalid(param, "has half a surrogate pair, which is no character") from None
     except (RecursionError, OverflowError, msgspec.MsgspecError, ValueError) as error:
@@ -135,8 +137,10 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     for key in _EMPTY_KEYS:
         if value.get(key):
             raise refused(f"{where}.{key}", "is not supported")
-    if calls is not None:
-        message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
+    if calls is not None and (
+        checked := _calls(calls, f"{where}.tool_calls")
+    ):  # templates ask whether the key is there
+        message["tool_calls"] = checked
     return message
 
 
@@ -272,6 +276,12 @@ def checked_logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
+def checked_any(value: Any, info: ValidationInfo) -> Any:
+    """JSON of any kind, looked at later."""
+    checked_json(value, str(info.field_name))
+    return value
+
+
 def checked_variables(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
@@ -296,12 +306,13 @@ class _Lacking(ValueError):
     """Becomes the message of pydantic's error, which knows the field."""
 
 
-def _typed(check: Callable[[Any], Any], schema: Mapping[str, Any]) -> Any:
+def _typed(check: Callable[..., Any], schema: Mapping[str, Any]) -> Any:
     return Annotated[Any, PlainValidator(check), WithJsonSchema(dict(schema))]
 
 
 _STRINGS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Json = _typed(checked_any, {})
 Messages = _typed(checked_messages, _MESSAGES_SCHEMA)
 Tools = _typed(
     checked_tools,

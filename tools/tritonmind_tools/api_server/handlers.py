@@ -32,10 +32,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        path = request.scope["path"][:200]  # not its url, which may have a Host that is none
         messages = {
             400: "the body cannot be read: send JSON in UTF-8",
-            404: f"there is no {request.url.path[:200]} here: / lists the routes",
-            405: f"{request.method} is not what {request.url.path[:200]} takes",
+            404: f"there is no {path} here: / lists the routes",
+            405: f"{request.method} is not what {path} takes",
         }
         message = messages.get(error.status_code, str(error.detail))
         response = _response(ApiError(error.status_code, message, type=INVALID_REQUEST, code="invalid_request"))
@@ -43,7 +44,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return response
 
     async def failed(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
         return _response(api_error(error))
 
     app.add_exception_handler(ApiError, own)

@@ -12,7 +12,7 @@ from tritonmind.request_fields import ParsedRequest, SessionFields
 from tritonmind.sampling_params import SamplingParams
 from tritonmind_tools.api_server.backends import Backend
 from tritonmind_tools.api_server.fields import invalid
-from tritonmind_tools.api_server.protocol import InteractiveBody
+from tritonmind_tools.api_server.protocol import InteractiveBody, sampling_options
 from tritonmind_tools.api_server.replies import JSON_LINES, Writer, encode_json
 from tritonmind_tools.console_transport import Delta
 
@@ -61,13 +61,8 @@ class InteractiveAnswer:
         self._session_id = secrets.randbits(53) if is_new else body.session_id
         self._is_start = is_new or body.renew_session
         self._params = SamplingParams(
-            max_tokens=body.request_output_len or DEFAULT_OUTPUT_LEN,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            repetition_penalty=body.repetition_penalty,
-            ignore_eos=body.ignore_eos,
-            seed=body.seed,
+            max_tokens=DEFAULT_OUTPUT_LEN if body.request_output_len is None else body.request_output_len,
+            **sampling_options(body, "temperature", "top_p", "top_k", "repetition_penalty", "ignore_eos", "seed"),
         )
 
     async def write(self, writer: Writer) -> None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tritonmind_tools.api_server.errors import ApiError
 
 # Open to whoever reaches the port: a probe, and the description of the routes.
-OPEN_PATHS = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/health"})
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
 BODY_TIMEOUT_S = 60.0
 
 

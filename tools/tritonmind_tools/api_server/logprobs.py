@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritonmind_tools.api_server.backends import Position
@@ -26,38 +27,77 @@ def chat_logprobs(delta: Delta, num_top: int, tokenizer: Tokenizer | None) -> li
 
 
 class CompletionLogprobs:
-    """A text completion's, in the making: lists of as many entries as there are tokens."""
+    """A text completion's, in the making: lists of as many entries as there are tokens.
 
-    def __init__(self, num_top: int, tokenizer: Tokenizer | None) -> None:
+    text_offset is where in the text a token is: the same for those that make one character together, that of what
+    follows for a special token that is not in the text. Without a tokenizer each counts for as long as its own text.
+    """
+
+    def __init__(self, num_top: int, tokenizer: Tokenizer | None, *, skip_special_tokens: bool) -> None:
         self._num_top = num_top
         self._tokenizer = tokenizer
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else tokenizer.detokenizer(skip_special_tokens=skip_special_tokens, continues=True)
+        )
         self._next_offset = 0
 
-    def of(self, token_ids: list[int], positions: list[Position | None]) -> dict[str, Any]:
-        """The next tokens'. The first of a prompt has no log-probability."""
-        body: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token_id, position in zip(token_ids, positions, strict=True):
-            entry = None if position is None else position[str(token_id)]
-            token = self._text(token_id) if entry is None else entry["decoded_token"]
-            body["tokens"].append(token)
-            body["token_logprobs"].append(None if entry is None else _finite(entry["logprob"]))
-            body["top_logprobs"].append(
-                None
-                if position is None
-                else {value["decoded_token"]: _finite(value["logprob"]) for _, value in self._shown(token_id, position)}
-            )
-            body["text_offset"].append(self._next_offset)
-            self._next_offset += len(token)
-        return body
+    def of_prompt(self, token_ids: list[int], positions: list[Position | None], text: str) -> dict[str, Any]:
+        """The prompt's, which the text begins with. Its first token has no log-probability."""
+        assert self._tokenizer is not None
+        self._next_offset = len(text)
+        return self._entries(token_ids, positions) | {"text_offset": _offsets(self._tokenizer, token_ids, text)}
 
-    def _text(self, token_id: int) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
+    def of(self, token_ids: list[int], positions: Sequence[Position]) -> dict[str, Any]:
+        """The answer's next tokens'."""
+        body = self._entries(token_ids, positions)
+        offsets = []
+        for token_id, token in zip(token_ids, body["tokens"], strict=True):
+            offsets.append(self._next_offset)
+            self._next_offset += len(token if self._detokenizer is None else self._detokenizer.push(token_id))
+        return body | {"text_offset": offsets}
+
+    def _entries(self, token_ids: list[int], positions: Sequence[Position | None]) -> dict[str, Any]:
+        body: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        for token_id, position in zip(token_ids, positions, strict=True):
+            if position is None:
+                assert self._tokenizer is not None
+                body["tokens"].append(_text_of(self._tokenizer, token_id))
+                body["token_logprobs"].append(None)
+                body["top_logprobs"].append(None)
+                continue
+            entry = position[str(token_id)]
+            body["tokens"].append(entry["decoded_token"])
+            body["token_logprobs"].append(_finite(entry["logprob"]))
+            body["top_logprobs"].append(
+                {value["decoded_token"]: _finite(value["logprob"]) for _, value in self._shown(token_id, position)}
+            )
+        return body
 
     def _shown(self, token_id: int, position: Position) -> list[tuple[str, dict[str, Any]]]:
         """The likeliest, and the token itself."""
         shown = _likeliest(position, self._num_top)
         key = str(token_id)
         return shown if any(key == other for other, _ in shown) else [*shown, (key, position[key])]
+
+
+def _offsets(tokenizer: Tokenizer, token_ids: list[int], text: str) -> list[int]:
+    """Where the tokens of a prompt are in its text, which has those special tokens that were written out in it."""
+    detokenizer = tokenizer.detokenizer()
+    offsets, offset = [], 0
+    for token_id in token_ids:
+        offsets.append(offset)
+        written = _text_of(tokenizer, token_id) if token_id in tokenizer.special_token_ids else ""
+        if written and text.startswith(written, offset):
+            offset += len(written)
+        else:
+            offset += len(detokenizer.push(token_id))
+    return offsets
+
+
+def _text_of(tokenizer: Tokenizer, token_id: int) -> str:
+    return tokenizer.token_bytes(token_id).decode(errors="replace")
 
 
 def _likeliest(position: Position, number: int) -> list[tuple[str, dict[str, Any]]]:

@@ -33,14 +33,18 @@ class Value:
 
     def lines(self, name: str) -> list[str]:
         if not self._buckets:
-            return [f"{name}{_braced(self._labels)} {self._value:g}"]
+            return [f"{name}{_braced(self._labels)} {_written(self._value)}"]
         with self._lock:
             counts, total = list(self._counts), self._value
         lines, below = [], 0
         for bound, count in zip([*(f"{bound:g}" for bound in self._buckets), "+Inf"], counts, strict=True):
             below += count
             lines.append(f"{name}_bucket{_braced({**self._labels, 'le': bound})} {below}")
-        return [*lines, f"{name}_sum{_braced(self._labels)} {total:g}", f"{name}_count{_braced(self._labels)} {below}"]
+        return [
+            *lines,
+            f"{name}_sum{_braced(self._labels)} {_written(total)}",
+            f"{name}_count{_braced(self._labels)} {below}",
+        ]
 
 
 class Family:
@@ -78,6 +82,11 @@ class Registry:
     def text(self) -> str:
         """Everything, as Prometheus reads it."""
         return "".join(f"{line}\n" for family in self._families for line in family.lines())
+
+
+def _written(value: float) -> str:
+    """All digits: of a counter that lost some, nobody could tell how much it grew."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def _braced(labels: Mapping[str, str]) -> str:

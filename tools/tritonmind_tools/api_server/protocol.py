@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from tritonmind.sampling_params import MAX_SEED, SamplingParams
 from tritonmind_tools.api_server.fields import (
+    Json,
     LogitBias,
     Messages,
     Prompt,
@@ -19,6 +20,7 @@ from tritonmind_tools.api_server.fields import (
     Tools,
     Turn,
     Variables,
+    checked_text,
     lacking,
 )
 
@@ -26,7 +28,10 @@ MAX_ANY_SEED = 2**63
 SMALLEST_TOP_P = 1e-6  # OpenAI's 0: the likeliest token alone
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
-Text = Annotated[str, StringConstraints(strict=True)]
+Text = Annotated[
+    str, StringConstraints(strict=True), AfterValidator(lambda value, info: checked_text(value, str(info.field_name)))
+]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Body(BaseModel):
@@ -38,6 +43,18 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: lacking("answers are not padded", False) = None  # type: ignore[valid-type]
+
+
+def sampling_options(body: Body, *names: str) -> dict[str, Any]:
+    """Fields of SamplingParams that a body has by the same names and gives, as the engine takes their values."""
+    options = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if options.get("top_p") == 0:
+        options["top_p"] = SMALLEST_TOP_P
+    if options.get("top_k") == -1:
+        options["top_k"] = 0
+    if -MAX_ANY_SEED <= options.get("seed", 0) < 0:
+        options["seed"] &= MAX_SEED
+    return options
 
 
 class Sampling(Body):
@@ -65,31 +82,25 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    response_format: Any = None
+    response_format: Json = None
 
     def sampling_params(self, **own: Any) -> SamplingParams:
         """As the engine takes them. Raises InvalidRequestError naming a value out of range."""
-        options: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "n",
-                "temperature",
-                "presence_penalty",
-                "frequency_penalty",
-                "min_p",
-                "repetition_penalty",
-                "min_tokens",
-                "ignore_eos",
-                "skip_special_tokens",
-            )
-            if getattr(self, name) is not None
-        }
-        if self.top_p is not None:
-            options["top_p"] = self.top_p or SMALLEST_TOP_P
-        if self.top_k is not None:
-            options["top_k"] = 0 if self.top_k == -1 else self.top_k
-        if self.seed is not None:
-            options["seed"] = self.seed & MAX_SEED if -MAX_ANY_SEED <= self.seed < 0 else self.seed
+        options = sampling_options(
+            self,
+            "n",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "seed",
+            "min_tokens",
+            "ignore_eos",
+            "skip_special_tokens",
+        )
         if self.include_stop_str_in_output is not None:
             options["include_stop"] = self.include_stop_str_in_output
         return SamplingParams(
@@ -111,9 +122,9 @@ class ChatBody(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: Tools = None
-    tool_choice: Any = None
+    tool_choice: Json = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: Variables = None
     renew_session: bool | None = None  # the tutorial's: every request here is a conversation of its own
     # Labels of OpenAI's service, without an effect on an answer.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from tritonmind_tools.api_server.errors import refused
-from tritonmind_tools.api_server.fields import Variables, checked_json, checked_text, invalid, lacking
-from tritonmind_tools.api_server.protocol import Body, ChatBody, Text
+from tritonmind_tools.api_server.fields import Json, Variables, checked_text, invalid, lacking
+from tritonmind_tools.api_server.protocol import Body, ChatBody, Effort, Text
 
+# What an item of each type may have, beside labels without an effect.
+_LABELS = {"id", "status", "phase"}
+_ITEM_KEYS = {
+    "message": {"role", "content"},
+    "reasoning": {"content", "summary"},
+    "function_call": {"call_id", "name", "arguments"},
+    "function_call_output": {"call_id", "output"},
+}
 _STORED = "answers are not stored: send the whole conversation as input"
 
 
@@ -15,18 +23,18 @@ class ResponsesBody(Body):
     """POST /v1/responses."""
 
     model: Text
-    input: Any
+    input: Json
     instructions: Text | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    tools: Json = None
+    tool_choice: Json = None
     parallel_tool_calls: bool | None = None
-    text: Any = None
-    reasoning: Any = None
-    metadata: dict[str, Text] | None = None
+    text: Json = None
+    reasoning: Json = None
+    metadata: dict[Text, Text] | None = None
     user: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
@@ -110,8 +118,9 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
         if not isinstance(item, dict):
             raise invalid(where, "must be an object", "invalid_type")
         kind = item.get("type", "message")
+        _check_keys(item, kind, where)
         if kind == "reasoning":
-            thoughts += _text_of(item.get("content") or [], f"{where}.content")
+            thoughts += _text_of(item.get("content") or item.get("summary") or [], f"{where}.content")
         elif kind == "function_call":
             call = _chat_call(item, where)
             if not messages or messages[-1]["role"] != "assistant":
@@ -121,16 +130,22 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
             output = _text_of(item.get("output"), f"{where}.output")
             call_id = checked_text(item.get("call_id"), f"{where}.call_id")
             messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
-        elif kind == "message":
+        else:
             role = item.get("role")
             if role not in ("user", "assistant", "system", "developer"):
                 raise invalid(f"{where}.role", "must be user, assistant, system or developer")
             messages.append({"role": role, "content": _text_of(item.get("content"), f"{where}.content")})
-        else:
-            raise refused(f"{where}.type", f"items of type {str(kind)[:64]!r} are not supported")
         if thoughts and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
             messages[-1]["reasoning_content"], thoughts = thoughts, ""
     return messages
+
+
+def _check_keys(item: dict[str, Any], kind: Any, where: str) -> None:
+    if not isinstance(kind, str) or kind not in _ITEM_KEYS:
+        raise refused(f"{where}.type", f"items of type {str(kind)[:64]!r} are not supported")
+    for key, value in item.items():
+        if value is not None and key not in {"type", *_LABELS, *_ITEM_KEYS[kind]}:
+            raise invalid(where, f"unknown key {key[:64]!r} in an item of type {kind}", "unknown_parameter")
 
 
 def _text_of(value: Any, where: str) -> str:
@@ -139,7 +154,7 @@ def _text_of(value: Any, where: str) -> str:
     texts = []
     for index, part in enumerate(_listed(value, where)):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "reasoning_text", "text"):
+        if kind not in ("input_text", "output_text", "reasoning_text", "summary_text", "text"):
             raise refused(f"{where}[{index}]", "only parts of text are supported")
         texts.append(checked_text(part.get("text"), f"{where}[{index}].text"))
     return "".join(texts)
@@ -176,7 +191,6 @@ def _response_format(text: Any) -> Any:
         raise refused("text.verbosity", "say it in a message")
     form = text.get("format")
     if isinstance(form, dict) and form.get("type") == "json_schema":
-        checked_json(form, "text.format")
         return {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
     return form
 
@@ -189,4 +203,7 @@ def _effort(reasoning: Any) -> Any:
     for key, value in reasoning.items():
         if key != "effort" and value is not None:
             raise refused(f"reasoning.{key[:64]}", "only effort is supported: thoughts come as they are")
-    return reasoning.get("effort")
+    effort = reasoning.get("effort")
+    if effort is not None and effort not in get_args(Effort):
+        raise invalid("reasoning.effort", f"must be one of {', '.join(get_args(Effort))}")
+    return effort

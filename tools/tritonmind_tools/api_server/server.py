@@ -113,6 +113,8 @@ def _is_address(target: str) -> bool:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
+    if not all(key.strip() for key in args.api_key):
+        raise ConfigError("--api-key is empty: give a key, or leave the option out to ask for none")
     keys = [*args.api_key, *os.environ.get(KEYS_VARIABLE, "").split(",")]
     keys = [key.strip() for key in keys if key.strip()]
     if not 0 < args.max_body_size <= 1 << 20:

@@ -8,9 +8,6 @@ from typing import Any
 from tritonmind.guided import parse_response_format
 from tritonmind.messages import GuidedDecoding
 
-_DEFINITIONS = "$defs"
-_POINTER = f"#/{_DEFINITIONS}/"
-
 
 def guided(response_format: Any) -> GuidedDecoding | None:
     """What response_format asks for, None for any text. Raises InvalidRequestError."""
@@ -28,36 +25,35 @@ def response_format(form: GuidedDecoding) -> dict[str, Any]:
 
 def guided_call(tools: list[dict[str, Any]]) -> GuidedDecoding | None:
     """A call of one of `tools`, as `tool_calls.FORCED` reads it. Raises InvalidRequestError."""
-    definitions: dict[str, Any] = {}
-    calls = [_call_schema(tool["function"], definitions) for tool in tools]
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    if definitions:
-        schema[_DEFINITIONS] = definitions
+    if len(tools) == 1:
+        schema = _call_schema(tools[0]["function"], "#")
+    else:
+        schema = {"anyOf": [_call_schema(tool["function"], f"#/anyOf/{index}") for index, tool in enumerate(tools)]}
     return guided({"type": "json_schema", "json_schema": {"schema": schema}})
 
 
-def _call_schema(function: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """A call's schema. Definitions of the parameters' own go to the root, where references find them."""
-    name = function["name"]
-    parameters = _renamed(function.get("parameters") or {"type": "object"}, name)
-    own = parameters.pop(_DEFINITIONS, {})
-    definitions.update({f"{name}.{key}": value for key, value in own.items()})
+def _call_schema(function: dict[str, Any], place: str) -> dict[str, Any]:
+    """A call's schema, which is to stand at `place`, a pointer."""
+    parameters = {"type": "object", **(function.get("parameters") or {})}
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, "arguments": parameters},
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": _moved(parameters, f"{place}/properties/arguments"),
+        },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
 
 
-def _renamed(schema: Any, prefix: str) -> Any:
-    """A copy, with the names in references to definitions behind `prefix`."""
+def _moved(schema: Any, place: str) -> Any:
+    """A copy whose references to itself hold where it stands at `place`."""
     if isinstance(schema, list):
-        return [_renamed(item, prefix) for item in schema]
+        return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    copy = {key: _renamed(value, prefix) for key, value in schema.items()}
+    copy = {key: _moved(value, place) for key, value in schema.items()}
     reference = copy.get("$ref")
-    if isinstance(reference, str) and reference.startswith(_POINTER):
-        copy["$ref"] = f"{_POINTER}{prefix}.{reference.removeprefix(_POINTER)}"
+    if isinstance(reference, str) and reference.startswith("#"):
+        copy["$ref"] = place + reference.removeprefix("#")
     return copy

@@ -31,7 +31,11 @@ from tritonmind_tools.triton_client import MODEL_NAME, parse_address
 
 CONNECT_TIMEOUT_S = 10.0
 _STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
-_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # else a server that comes back is noticed up to two minutes later
+)
 _OUTPUTS = (
     "text_output",
     "token_ids",
