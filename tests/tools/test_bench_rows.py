@@ -206,6 +206,31 @@ def test_the_newest_of_equal_rows_is_drawn() -> None:
         assert {drawn["workload"]: drawn["value"] for drawn in newest_rows(order)} == {"x": 3.0, "y": 2.0}
 
 
+def test_lengths_of_a_spreadsheet(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("\ufeffuser, output_tokens, prompt_tokens\r\na, 4, 3\r\nb, 6, 5\r\n", newline="")
+    assert read_workload(str(path)) == [(3, 4), (5, 6)]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "no column prompt_tokens, output_tokens"),
+        (b"prompt_tokens,output_tokens\n", "names no requests"),
+        (b"prompt_tokens,tokens\n3,4\n", "no column output_tokens"),
+        (b"prompt_tokens,output_tokens\n3,4\n0,4\n", "line 3: .* must be two positive whole numbers"),
+        (b"prompt_tokens,output_tokens\n3\n", "line 2: .* must be two positive whole numbers"),
+        (b"prompt_tokens,output_tokens\n3,4,5\n", "line 2: more values than"),
+        (b"\xc5\x00\x01", "no CSV file in UTF-8"),
+    ],
+)
+def test_a_wrong_csv_file_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"mine\.csv.* {named}"):
+        read_workload(str(path))
+
+
 SHAREGPT = [
     {"conversations": [{"from": "human", "value": "a " * 10}, {"from": "gpt", "value": "b " * 20}, {"value": "c"}]},
     {"conversations": [{"from": "human", "value": "too short"}, {"from": "gpt", "value": "b " * 20}]},

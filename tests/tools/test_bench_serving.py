@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import threading
@@ -16,6 +17,7 @@ import pytest
 from tests.server_fixture import make_workspace, need_server
 
 from tritonmind.errors import UnavailableError
+from tritonmind_tools.bench import load
 from tritonmind_tools.bench.load import LoadResult, poisson
 from tritonmind_tools.bench.load_client import Outcome
 from tritonmind_tools.bench.serving_rows import Slo, served
@@ -121,6 +123,12 @@ def test_a_refusal_is_told_in_the_endpoints_words(endpoint: Endpoint, capsys: py
     endpoint.refusal = b"no ids, please"
     assert main(["bench", "serving", endpoint.url, "--rate", "1", "--processes", "1"]) == 1
     assert "HTTP 400" in (shown := capsys.readouterr().err) and "no ids, please" in shown
+
+
+def test_ctrl_c_is_for_the_command_and_not_for_its_clients() -> None:
+    with load._client() as client:
+        assert os.getsid(client.pid) == client.pid
+        client.kill()
 
 
 BAD: list[tuple[list[str], str]] = [

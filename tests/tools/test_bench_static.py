@@ -172,6 +172,10 @@ def test_compare_runs_the_same_requests_in_both(tmp_path: Path, given: str) -> N
         ),
         (["throughput", "--shape", "tiny", "--workload", "mix2000"], "--workload='mix2000' is no file and none of"),
         (["throughput", "--shape", "tiny", "--workload", "mix1000", "--limit=0"], "--limit='0'"),
+        (
+            ["throughput", "--shape", "tiny", "--workload", "mix1000", "--tokenizer=t"],
+            "--tokenizer='t' counts the texts",
+        ),
         (["throughput", "--shape", "tiny", "--workload", "mix1000", "--max-batch=0"], "--max-batch='0'"),
         (["compare", "--shape", "tiny", "--batch-sizes=x"], "--batch-sizes='x'"),
         (["compare", "--shape", "tiny", "--dtype", "fp16"], "dtype='fp16' is slow and inexact on a CPU"),

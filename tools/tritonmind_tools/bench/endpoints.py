@@ -188,7 +188,9 @@ class OpenAiEndpoint:
             writer.close()
 
 
-def _openai_piece(event: dict[str, Any]) -> Piece:
+def _openai_piece(event: Any) -> Piece:
+    if not isinstance(event, dict):
+        raise EndpointError(f"the answer holds {json.dumps(event)[:200]} where an object must be")
     if "error" in event:
         raise EndpointError(json.dumps(event["error"]))
     usage = event.get("usage") or {}

@@ -104,6 +104,7 @@ def _client() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # a terminal's Ctrl-C is for us; we end the clients
     )
 
 

@@ -10,6 +10,7 @@ from tritonmind.config import QuantPolicy
 from tritonmind.config_ini import SETTINGS
 from tritonmind.errors import ConfigError
 from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES, known_shape
+from tritonmind_tools.bench.workloads import holds_texts
 
 DTYPES = (AUTO, "fp32", "bf16", "fp16")
 
@@ -86,6 +87,12 @@ def refuse_int4(args: argparse.Namespace) -> None:
 def engine_dtype(args: argparse.Namespace) -> str:
     """What an engine and open_model take as `dtype`: 4-bit weights stand in the model's name."""
     return AUTO if args.dtype == INT4 else str(args.dtype)
+
+
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Raise ConfigError where --tokenizer has nothing to count."""
+    if args.tokenizer and not (args.workload and holds_texts(args.workload)):
+        raise ConfigError(f"--tokenizer={args.tokenizer!r} counts the texts of a .json --workload; leave it out")
 
 
 def token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tritonmind.errors import ConfigError
 from tritonmind.random_model import AUTO
-from tritonmind_tools.bench.options import add_dtype, add_quant_policy, refuse_int4
+from tritonmind_tools.bench.options import add_dtype, add_quant_policy, check_tokenizer, refuse_int4
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
 from tritonmind_tools.bench.rounds import FIRST_PLAIN_TOKEN_ID
 from tritonmind_tools.bench.self_host import FRONT_ENDS
@@ -119,6 +119,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--duration={args.duration:g} is of --rate; --concurrency takes --num-requests")
     if args.workload and (args.input_len or args.output_len) and not (args.concurrency and args.rates):
         raise ConfigError("--workload has lengths of its own: leave out --input-len and --output-len")
+    check_tokenizer(args)
     if args.vocab_size <= FIRST_PLAIN_TOKEN_ID:
         raise ConfigError(f"--vocab-size={args.vocab_size} must be more than {FIRST_PLAIN_TOKEN_ID}, the least id sent")
     if args.self_host is None:

@@ -12,8 +12,15 @@ from typing import Any
 
 from tritonmind_tools.bench import grid
 from tritonmind_tools.bench.measure import Plan, measure, print_rows
-from tritonmind_tools.bench.options import add_engine_options, add_model_options, model_path, token_counter
+from tritonmind_tools.bench.options import (
+    add_engine_options,
+    add_model_options,
+    check_tokenizer,
+    model_path,
+    token_counter,
+)
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers
+from tritonmind_tools.bench.workloads import holds_texts
 
 MAX_BATCH = 256
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 64, 16
@@ -42,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_batch", "rounds", *(["limit"] if args.limit is not None else [])):
         positive_numbers(f"--{name.replace('_', '-')}", str(getattr(args, name)))
     model_path(args)
-    counter = token_counter(args) if args.workload.endswith(".json") else None
+    check_tokenizer(args)
+    counter = token_counter(args) if holds_texts(args.workload) else None
     workload = grid.requests(args.workload, args.limit or 0, counter)
     report = Report.from_args(args)
     plan = Plan(

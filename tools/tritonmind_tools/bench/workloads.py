@@ -29,17 +29,31 @@ def read_workload(name_or_path: str, count_tokens: CountTokens | None = None) ->
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in FILES.glob("*.csv")))
         raise ConfigError(f"--workload={name_or_path!r} is no file and none of {names}")
-    return _read_sharegpt(path, count_tokens) if path.suffix == ".json" else _read_csv(path)
+    return _read_sharegpt(path, count_tokens) if holds_texts(name_or_path) else _read_csv(path)
+
+
+def holds_texts(name_or_path: str) -> bool:
+    """Whether a workload's lengths must be counted by a tokenizer."""
+    return Path(name_or_path).suffix == ".json"
 
 
 def _read_csv(path: Path) -> list[tuple[int, int]]:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
+    try:
+        return _lengths(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} is no CSV file in UTF-8 ({error})") from None
+
+
+def _lengths(path: Path) -> list[tuple[int, int]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
+        reader = csv.DictReader(file, skipinitialspace=True)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise ConfigError(f"{path}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
         requests = []
         for row in reader:
+            if None in row:
+                raise ConfigError(f"{path}, line {reader.line_num}: more values than the first line names columns")
             lengths = [row[name] or "" for name in COLUMNS]
             if not all(length.isdecimal() and int(length) for length in lengths):
                 raise ConfigError(f"{path}, line {reader.line_num}: {lengths} must be two positive whole numbers")
