@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.converted import assert_same, read_all
+from tests.model_configs import LLAMA_2_7B
 from tests.models.family_cases import CASES, TRAINED, VOCAB, Case, Logits, make
 from tests.models.test_int4 import Dequantized
 from tests.models.test_llama import prompt_logits
@@ -22,9 +23,11 @@ from tests.tools.lite_cases import run_calibrate
 from tests.workspaces import convert
 from tritonmind.checkpoints.checkpoint_model import CheckpointModel
 from tritonmind.checkpoints.reading import open_checkpoint, read_weights
+from tritonmind.config import RopeScaling
 from tritonmind.engine.llm import LLM
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.kernels.awq_format import AwqWeight, dequantize, quantize
+from tritonmind.layers.rotary import rotary_table
 from tritonmind.sampling_params import SamplingParams
 from tritonmind.tokenizer import Tokenizer
 from tritonmind.workspace import Workspace
@@ -140,6 +143,28 @@ def test_passkey_at_four_times_the_trained_length(name: str, tmp_path: Path) -> 
         answer = llm.generate([prompt], SamplingParams(temperature=0.0, ignore_eos=True))[0]
     assert len(prompt) + len(answer.token_ids) == 4 * TRAINED
     assert_greedy(logits, case, prompt, answer.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "known"),
+    [
+        (None, 64),
+        (RopeScaling(rope_type="linear", factor=2.0), 128),
+        (RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32), 128),
+        (RopeScaling(rope_type="dynamic", factor=1.0), None),
+    ],
+)
+def test_a_context_longer_than_the_model_knows_is_warned_of(
+    scaling: RopeScaling | None, known: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = dataclasses.replace(LLAMA_2_7B, max_position_embeddings=64, rope_scaling=scaling)
+    rotary_table(model, known or 1000, torch.device("cpu"))
+    assert not caplog.messages
+    if known:
+        rotary_table(model, known + 1, torch.device("cpu"))
+        (message,) = caplog.messages
+        assert f"session_len={known + 1} is more than the {known} tokens that the model knows" in message
+        assert ("rope_scaling_factor" in message) == (scaling is None)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

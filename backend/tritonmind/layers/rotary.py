@@ -11,12 +11,15 @@ requests share a prefix.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
 import torch
 
 from tritonmind.config import ModelConfig, RopeScaling
+
+logger = logging.getLogger(__name__)
 
 
 class RotaryTable(NamedTuple):
@@ -43,9 +46,25 @@ def rope_limits(model: ModelConfig, max_model_len: int) -> tuple[int, ...]:
     return (*(limit for limit in limits if limit < max_model_len), max_model_len)
 
 
-def rotary_table(model: ModelConfig, max_model_len: int, device: torch.device) -> RotaryTable:
-    """What the model needs for sequences of up to max_model_len tokens."""
+def longest_known(model: ModelConfig) -> float:
+    """Tokens up to which the model, with its scaling, was trained or is stretched; infinite for dynamic NTK."""
     scaling = model.rope_scaling
+    if scaling is None or scaling.rope_type in ("llama3", "longrope"):  # trained for the length that they have
+        return model.max_position_embeddings
+    if scaling.rope_type == "dynamic":
+        return math.inf
+    return scaling.factor * (scaling.original_max_position_embeddings or model.max_position_embeddings)
+
+
+def rotary_table(model: ModelConfig, max_model_len: int, device: torch.device) -> RotaryTable:
+    """What the model needs for sequences of up to max_model_len tokens. Warns of more than it knows."""
+    scaling = model.rope_scaling
+    if max_model_len > (known := longest_known(model)):
+        remedy = "" if scaling else ", or turn on dynamic NTK with rope_scaling_factor = 1.0 in config.ini"
+        logger.warning(
+            "session_len=%d is more than the %d tokens that the model knows, beyond which answers are poor: lower it%s",
+            max_model_len, known, remedy,
+        )  # fmt: skip
     factor = 1.0 if scaling is None else scaling.attention_factor
     tables = []
     for limit in rope_limits(model, max_model_len):
