@@ -17,8 +17,8 @@ import torch
 from tritonmind.config import EngineConfig, SchedulerConfig
 from tritonmind.engine.cuda_graph import MAX_PREFILLS, batch_buckets, bucket_of, token_buckets
 from tritonmind.engine.input_builder import InputBuilder, Step
-from tritonmind.engine.model_runner import StepResult
 from tritonmind.engine.scheduler_output import SchedulerOutput
+from tritonmind.engine.step_handle import StepResult
 from tritonmind.model_inputs import ModelInputs
 
 VOCAB_SIZE = 97

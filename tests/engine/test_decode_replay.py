@@ -12,9 +12,12 @@ import torch
 
 from tests.gpu_steps import decode, fill_cache, prefill, prefills, sequences
 from tests.tolerances import assert_close
+from tritonmind.engine import model_runner
+from tritonmind.engine.cuda_graph import StepGraphs
 from tritonmind.engine.decode_batch import FROM_DEVICE
-from tritonmind.engine.model_runner import ModelRunner, _Graphs
+from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
+from tritonmind.messages import MAX_LOGPROBS
 from tritonmind.workspace import Workspace
 
 NUM_BLOCKS = 30
@@ -77,7 +80,7 @@ def _capture(runner: ModelRunner, max_context_len: int) -> None:
         lambda num_rows: runner._sampler.sample(runner.logits[:num_rows], greedy=False),
         lambda num_tokens: runner._prefill(num_tokens, max_context_len),
     )
-    runner._graphs = _Graphs(*map(Replays, functions))  # type: ignore[arg-type]
+    runner._graphs = StepGraphs(*map(Replays, functions))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,23 @@ def test_a_bad_word_is_known_by_the_token_before_the_draw(runner: ModelRunner) -
     _capture(runner, 65)
     [token_id] = runner.execute(output).wait().token_ids
     assert runner.logits[0, likeliest] == float("-inf") and token_id != likeliest
+
+
+def test_the_warm_up_takes_the_memory_that_log_probabilities_of_prompts_take(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has not taken, a step beside a full cache may lack."""
+    num_rows: list[int] = []
+
+    def watched(logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: int) -> None:
+        assert num_top == MAX_LOGPROBS and len(logits) == len(token_ids)
+        num_rows.append(len(logits))
+
+    monkeypatch.setattr(model_runner, "token_logprobs", watched)
+    monkeypatch.setattr(runner.model.output, "row_variants", lambda max_rows: [max_rows])
+    with torch.inference_mode():
+        runner._warm_up_options(8)
+    assert num_rows == [8, model_runner.PROMPT_LOGPROB_ROWS]
 
 
 def _inputs_of(runner: ModelRunner, num_rows: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import pytest
 from tests.engine.test_sampling_options import DEVICES, PROMPTS, Served
 from tritonmind import grammars
 from tritonmind.engine.llm import Completion
-from tritonmind.engine.model_runner import StepHandle
+from tritonmind.engine.step_handle import StepHandle
 from tritonmind.errors import UnavailableError
 from tritonmind.grammars import GrammarCompiler
 from tritonmind.guided import parse_response_format

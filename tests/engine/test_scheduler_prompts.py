@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.driver import Driver, request
-from tritonmind.engine.scheduler import MANY_DECODES, MAX_HELD_STEPS, MIN_SHARED_TOKENS
+from tritonmind.engine.hold_back import MANY_DECODES, MAX_HELD_STEPS, MIN_SHARED_TOKENS
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -19,9 +19,10 @@ from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.device import resolve_device
 from tritonmind.engine.executor import Executor
 from tritonmind.engine.guides import GuideQueue
-from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS, StepHandle
+from tritonmind.engine.model_runner import AUTOMATIC_BATCHED_TOKENS
 from tritonmind.engine.scheduler import Scheduler
 from tritonmind.engine.scheduler_output import SchedulerOutput
+from tritonmind.engine.step_handle import StepHandle
 from tritonmind.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, StepOutputs, TokenOutput
 from tritonmind.model_source import ModelSource
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,3 +64,22 @@ class GraphSet:
     def replay(self, bucket: int) -> None:
         """Run the captured call of a bucket."""
         self._graphs[bucket].replay()
+
+
+class StepGraphs(NamedTuple):
+    """What steps are made of on a GPU: most are one launch.
+
+    decode_greedily: a step of decodes that ask for nothing but the largest logit. decode, draw: the parts of any other,
+    between which its logits may be changed; a draw looks at what each row asks for, which may be the largest logit.
+    prefill: what a step with prompts has instead of decode. Its buckets are of tokens, those of the others of rows.
+    """
+
+    decode_greedily: GraphSet
+    decode: GraphSet
+    draw: GraphSet
+    prefill: GraphSet
+
+    def capture(self, row_buckets: list[int], token_buckets: list[int], pool: Any) -> float:
+        """Capture all buckets of all of them. Returns seconds taken."""
+        by_rows = self.decode_greedily, self.decode, self.draw
+        return self.prefill.capture(token_buckets, pool) + sum(each.capture(row_buckets, pool) for each in by_rows)

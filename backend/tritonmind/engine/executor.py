@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tritonmind.config import EngineConfig
-from tritonmind.engine.model_runner import ModelRunner, StepHandle
+from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.engine.scheduler_output import SchedulerOutput
+from tritonmind.engine.step_handle import StepHandle
 from tritonmind.errors import ConfigError
 from tritonmind.model_source import ModelSource
 

@@ -63,6 +63,19 @@ def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: in
     return num_rows * (model.head_dim + scale_bytes)
 
 
+def estimated_activation_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
+    """An upper estimate of what one full step allocates beside the cache: a layer's activations and the logits.
+
+    On a GPU only weights that are clearly too large are refused by it; the cache is sized by what the warm-up took.
+    """
+    model, limits = config.model, config.scheduler
+    qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = 4 * model.hidden_size + 2 * qkv_size + 3 * model.intermediate_size
+    # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
+    per_logit_row = 6 * model.vocab_size * 4
+    return limits.max_num_batched_tokens * per_token * dtype.itemsize + limits.max_num_seqs * per_logit_row
+
+
 def scratch_blocks(config: EngineConfig) -> int:
     """Pages of the scratch through which prompts go over int8 pages: any one session's, or two steps' new tokens.
 

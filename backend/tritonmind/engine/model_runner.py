@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -20,6 +18,7 @@ from tritonmind.engine.cuda_graph import (
     MAX_PREFILLS,
     MAX_QUERY_LEN,
     GraphSet,
+    StepGraphs,
     batch_buckets,
     bucket_of,
     token_buckets,
@@ -37,12 +36,12 @@ from tritonmind.engine.jit_alarm import JitAlarm
 from tritonmind.engine.logit_edits import LogitEditor, warm_up_edits
 from tritonmind.engine.sampler import DRAWS, EDITS, GUIDED, LOGPROBS
 from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
-from tritonmind.engine.staging import PendingDraw
+from tritonmind.engine.step_handle import Drawn, StepHandle
 from tritonmind.engine.token_masks import TokenMasks
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import attention_variants, token_logprobs
 from tritonmind.layers.rotary import rope_limits
-from tritonmind.messages import MAX_LOGPROBS, TokenLogprob
+from tritonmind.messages import MAX_LOGPROBS
 from tritonmind.model_inputs import KVCache
 from tritonmind.model_source import ModelSource
 from tritonmind.models.llama import HiddenStates
@@ -57,71 +56,6 @@ AUTOMATIC_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 PROMPT_LOGPROB_ROWS = 256
 # What the captured graphs take: kernel arguments, cuBLAS workspaces, and the activations of the largest batch.
 GRAPH_RESERVE_BYTES = 1 << 30
-
-
-class StepResult(NamedTuple):
-    """What a step drew, in the order of the scheduler's sampling items. logprobs: None if no request asked for any.
-
-    prompt_logprobs: for each prefill, of the tokens that follow its own in the prompt; None if no request asked.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob | None] | None
-    prompt_logprobs: list[list[TokenLogprob]] | None
-
-
-class _Graphs(NamedTuple):
-    """What steps are made of on a GPU: most are one launch.
-
-    decode_greedily: a step of decodes that ask for nothing but the largest logit. decode, draw: the parts of any other,
-    between which its logits may be changed; a draw looks at what each row asks for, which may be the largest logit.
-    prefill: what a step with prompts has instead of decode. Its buckets are of tokens, those of the others of rows.
-    """
-
-    decode_greedily: GraphSet
-    decode: GraphSet
-    draw: GraphSet
-    prefill: GraphSet
-
-
-class _Drawn(NamedTuple):
-    """What a step draws, on its way to the host. failed: guided sequences that cannot go on."""
-
-    token_ids: PendingDraw
-    logprobs: logprobs.PendingLogprobs | None = None
-    failed: tuple[Sequence, ...] = ()
-
-
-class StepHandle:
-    """A launched step. One with guided answers waits with its draw for `draw`."""
-
-    def __init__(
-        self,
-        drawn: _Drawn | Callable[[], _Drawn],
-        prompts: list[list[logprobs.PendingLogprobs]] | None = None,
-    ) -> None:
-        self._drawn = drawn
-        self._prompts = prompts
-
-    def draw(self) -> list[Sequence]:
-        """Launch the draw, if it is not: the tokens of all steps before must be known. Before that nobody may `wait`.
-
-        Returns guided sequences that cannot go on: their guides say why, and their tokens mean nothing.
-        """
-        if isinstance(self._drawn, _Drawn):
-            return []
-        self._drawn = self._drawn()
-        return list(self._drawn.failed)
-
-    def wait(self) -> StepResult:
-        """Block until the step's results are on the host; later steps go on."""
-        assert isinstance(self._drawn, _Drawn), "a guided step was not drawn"
-        token_ids = self._drawn.token_ids.wait()
-        prompts = None
-        if self._prompts is not None:
-            prompts = [[row for part in parts for row in part.take() if row is not None] for parts in self._prompts]
-        draws = self._drawn.logprobs
-        return StepResult(token_ids, None if draws is None else draws.take(), prompts)
 
 
 class ModelRunner:
@@ -140,8 +74,9 @@ class ModelRunner:
         self.config = config
         self._layer_scales = kv_cache.calibrated_scales(source, config)
         self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        reserved_bytes = kv_cache.estimated_activation_bytes(config, self.dtype)
         check_memory_for_weights(
-            config, self.dtype, self.device, free_bytes(self.device), reserved_bytes=self._estimated_activation_bytes()
+            config, self.dtype, self.device, free_bytes(self.device), reserved_bytes=reserved_bytes
         )
         self.model = load_model(
             config.model,
@@ -167,7 +102,7 @@ class ModelRunner:
         self._token_buckets = token_buckets(config.scheduler.max_num_batched_tokens)
         self.kv_caches: list[KVCache] = []
         self.memory_plan: kv_cache.MemoryPlan
-        self._graphs: _Graphs | None = None
+        self._graphs: StepGraphs | None = None
         self._graph_pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.jit_alarm = JitAlarm()
         self.jit_alarm.disarm(self.device)
@@ -183,7 +118,7 @@ class ModelRunner:
                 self._graphs.decode_greedily.replay(bucket_of(self._buckets, step.num_decodes))
             else:
                 self._decode_greedily(step.num_decodes, step.max_context_len)
-            return StepHandle(_Drawn(self._builder.finish(step)))
+            return StepHandle(Drawn(self._builder.finish(step)))
         hidden = self._forward(step, every_row=any(item.seq.prompt_logprobs is not None for item in output.prefills))
         prompts = None
         if hidden is not None:
@@ -193,7 +128,7 @@ class ModelRunner:
         return StepHandle(draw if step.wishes & GUIDED else draw(), prompts)
 
     @torch.inference_mode()
-    def _draw(self, step: Step, output: SchedulerOutput, hidden: HiddenStates | None) -> _Drawn:
+    def _draw(self, step: Step, output: SchedulerOutput, hidden: HiddenStates | None) -> Drawn:
         """Draw from the step's logits and send the tokens home."""
         draws: logprobs.PendingLogprobs | None = None
         failed: list[Sequence] = []
@@ -205,7 +140,7 @@ class ModelRunner:
         elif step.num_samples:
             self._sample(step)
         # Last, because to wait for it is to know that all that the step sends is on the host.
-        return _Drawn(self._builder.finish(step), draws, tuple(failed))
+        return Drawn(self._builder.finish(step), draws, tuple(failed))
 
     def _edit(self, step: Step, sampling: list[ScheduledSequence]) -> list[Sequence]:
         """Change the logits as the requests say. Returns guided sequences that cannot go on.
@@ -293,7 +228,8 @@ class ModelRunner:
     def _get_ready(self) -> None:
         """Size and allocate the cache; on a GPU also run every variant of every kernel once and capture the graphs."""
         if self.device.type == "cpu":
-            self._allocate_cache(free_bytes(self.device), self._estimated_activation_bytes(), graphs_bytes=0)
+            reserved_bytes = kv_cache.estimated_activation_bytes(self.config, self.dtype)
+            self._allocate_cache(free_bytes(self.device), reserved_bytes, graphs_bytes=0)
             return
         stage = "running the largest step"
         try:
@@ -384,8 +320,10 @@ class ModelRunner:
         logits = self.logits[:num_rows]
         warm_up_edits(logits, *self._sampler.slots_and_last_token_ids(num_rows))
         self._masks.warm_up(logits)
-        token_logprobs(logits, self._sampler.token_ids[:num_rows], num_top=min(MAX_LOGPROBS, logits.shape[1]))
-        # The logits of prompts are of more rows than any draw's.
+        # Those of prompts are of more rows than any draw's.
+        for values in (logits, self._spare_logits):
+            token_ids = torch.zeros(len(values), dtype=torch.int64, device=self.device)
+            token_logprobs(values, token_ids, num_top=min(MAX_LOGPROBS, values.shape[1]))
         for rows in self.model.output.row_variants(len(self._spare_logits)):
             hidden = HiddenStates(*logits.new_zeros((2, rows, self.config.model.hidden_size)))
             self.model.logits(hidden, None, out=self._spare_logits[:rows])
@@ -407,26 +345,13 @@ class ModelRunner:
 
         # What the steps before have left must not be computed again, over blocks that may be anyone's.
         self._builder.finish(self._builder.stage_padding(self.config.scheduler.max_num_seqs, []))
-        graphs = _Graphs(
+        graphs = StepGraphs(
             GraphSet(self._decode_greedily), GraphSet(self._decode), GraphSet(draw), GraphSet(self._prefill)
         )
-        seconds = graphs.prefill.capture(self._token_buckets, self._graph_pool)
-        seconds += sum(graph_set.capture(self._buckets, self._graph_pool) for graph_set in graphs[:-1])
+        seconds = graphs.capture(self._buckets, self._token_buckets, self._graph_pool)
         self._graphs = graphs
         num_tokens, num_rows = len(self._token_buckets), len(self._buckets)
         logger.info("%d sizes of steps with prompts, %d without, captured in %.1f s", num_tokens, num_rows, seconds)
-
-    def _estimated_activation_bytes(self) -> int:
-        """An upper estimate of what one full step allocates beside the cache: a layer's activations and the logits.
-
-        On a GPU only weights that are clearly too large are refused by it; the cache is sized by what the warm-up took.
-        """
-        model, limits = self.config.model, self.config.scheduler
-        qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        per_token = 4 * model.hidden_size + 2 * qkv_size + 3 * model.intermediate_size
-        # Sampling holds logits, scores, noise, a sorted copy and its int64 order.
-        per_logit_row = 6 * model.vocab_size * 4
-        return limits.max_num_batched_tokens * per_token * self.dtype.itemsize + limits.max_num_seqs * per_logit_row
 
 
 def _spread(num_tokens: int, max_seqs: int) -> list[int]:

@@ -70,7 +70,8 @@ class ProcessEngineClient(EngineClient):
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while not self._closing.is_set():
             exited = self._process.poll() is not None
-            while self._inbox.poll(0 if exited else POLL_MS):
+            # Its last words may come a little later than the news of its end.
+            while self._inbox.poll(POLL_MS):
                 self._receive(decoder.decode(self._inbox.recv()))
             if exited:
                 # An EngineFailed would have been received above and came first.

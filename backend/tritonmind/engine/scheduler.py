@@ -36,14 +36,12 @@ import msgspec
 from tritonmind.config import SchedulerConfig
 from tritonmind.engine.block_manager import BlockManager
 from tritonmind.engine.decode_batch import DecodeBatch, DecodeRows
+from tritonmind.engine.hold_back import HoldBack
 from tritonmind.engine.rope_growth import RopeGrowth
 from tritonmind.engine.scheduler_output import ScheduledSequence, SchedulerOutput
 from tritonmind.grammars import Guide
 from tritonmind.messages import EngineRequest, FinishReason, StepOutputs, TokenLogprob, TokenOutput
 from tritonmind.sequence import Sequence, SequenceStatus
-
-# Beside so many decodes, prompts of fewer tokens than MIN_SHARED_TOKENS together wait MAX_HELD_STEPS steps for others.
-MANY_DECODES, MIN_SHARED_TOKENS, MAX_HELD_STEPS = 128, 1024, 3
 
 _NOTHING = itertools.repeat(None)
 
@@ -66,7 +64,7 @@ class Scheduler:
         rope_limits: SequenceABC[int] = (),
         holds_back: bool = False,
     ) -> None:
-        """rope_limits: see RopeGrowth. holds_back: see _holds_back."""
+        """rope_limits: see RopeGrowth. holds_back: whether prompts wait as hold_back.py says."""
         assert config.max_num_batched_tokens >= config.max_num_seqs
         self._rope = RopeGrowth(rope_limits)
         self.config = config
@@ -79,8 +77,7 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._stop_ids: Counter[int] = Counter()  # how many live sequences end at each id
         self._num_ended = 0
-        self._may_hold_back = holds_back
-        self._num_held_steps = 0
+        self._hold_back = HoldBack() if holds_back else None
         self._num_arrivals = 0
         self._num_admissions = 0
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -237,18 +234,12 @@ class Scheduler:
             budget -= self._take_chunk(seq, budget, prefills)
 
     def _holds_back(self) -> bool:
-        """Whether few tokens of prompts wait for others to share a step with, beside many decodes.
-
-        Only where it was asked for: where a step with prompts costs more than its tokens do.
-        """
-        if not self._may_hold_back:
+        """Whether prompts wait for others to share a step with."""
+        if self._hold_back is None:
             return False
         coming = itertools.chain(self._prefilling, itertools.islice(self.waiting, len(self._free_slots)))
         num_tokens = sum(seq.num_tokens - seq.num_computed_tokens for seq in coming)
-        are_few = len(self._decoding) >= MANY_DECODES and 0 < num_tokens < MIN_SHARED_TOKENS
-        holds = are_few and self._num_held_steps < MAX_HELD_STEPS
-        self._num_held_steps = self._num_held_steps + 1 if holds else 0
-        return holds
+        return self._hold_back.holds(len(self._decoding), num_tokens)
 
     def _admit(self, budget: int, prefills: list[ScheduledSequence]) -> int:
         """Start waiting sequences with chunks of at most `budget` tokens together. Returns how many they take."""
