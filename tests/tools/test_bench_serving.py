@@ -193,6 +193,14 @@ def test_served_counts_from_when_a_request_was_due() -> None:
         served(LoadResult([failed], [0.1]), Slo())
 
 
+def test_answers_of_a_single_message_have_no_time_between_tokens() -> None:
+    whole = Outcome(10, 3, due=1.0, sent=1.0, times=[3.0], counts=[3], num_tokens=3)
+    one = Outcome(10, 1, due=2.0, sent=2.0, times=[3.0], counts=[1], num_tokens=1)
+    result = served(LoadResult([whole, one], [0.1]), Slo(1.5, 0.1))
+    assert result.inter_token.p99 == result.message_gap.p99 == 0
+    assert (result.latency.p99, result.goodput) == (pytest.approx(1.99), pytest.approx(1 / 2))
+
+
 @pytest.mark.server
 @pytest.mark.parametrize(("given", "front_end"), [(True, "triton"), (False, "triton"), (False, "api_server")])
 def test_self_host_compares_the_server_with_the_bare_engine(

@@ -134,7 +134,7 @@ def served(result: LoadResult, slo: Slo) -> Served:
 def _per_token(outcome: Outcome, gaps: np.ndarray) -> np.ndarray:
     """The time of each token but the first message's. Where an endpoint says at its end that there were more tokens
     than messages, each message had as many of them."""
-    counts = np.array(outcome.counts[1:])
+    counts = np.array(outcome.counts[1:], dtype=np.int64)
     more = outcome.num_tokens / sum(outcome.counts)
     return np.repeat(gaps / np.maximum(1, counts * more), counts)
 
