@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy, SchedulerConfig
-from tritonmind.engine.kv_cache import CPU_CACHE_LIMIT_BYTES, MemoryPlan, plan_memory, scratch_blocks
+from tritonmind.engine.kv_cache import CPU_CACHE_LIMIT_BYTES, MemoryPlan, check_sizes, plan_memory, scratch_blocks
 from tritonmind.errors import ConfigError
 
 GIB = 1 << 30
@@ -110,3 +112,22 @@ def test_the_scratch_of_prompts_holds_a_session_or_two_steps() -> None:
 
     assert blocks(8192 + 1, 512) == 129
     assert blocks(1024, 4096) == 128
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "problem"),
+    [
+        (256, 64, r"heads of 256 values \(head_dim\) are not supported on a GPU, whose kernels have at most 128"),
+        (128, 8, "cache_block_seq_len=8 must be 64 or 128 on a GPU"),
+    ],
+)
+def test_what_the_kernels_of_a_gpu_cannot_have(head_dim: int, block_size: int, problem: str) -> None:
+    """Said before weights are read."""
+    config = EngineConfig(
+        model=dataclasses.replace(MODEL, head_dim=head_dim),
+        cache=CacheConfig(block_size=block_size),
+        scheduler=SchedulerConfig(max_model_len=64),
+    )
+    check_sizes(config, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=problem):
+        check_sizes(config, torch.device("cuda"))

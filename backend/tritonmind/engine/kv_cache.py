@@ -10,6 +10,8 @@ import torch
 from tritonmind.config import CacheConfig, EngineConfig, ModelConfig, QuantPolicy
 from tritonmind.errors import ConfigError
 from tritonmind.kernels import KVScales, LayerScales, TokenScales
+from tritonmind.kernels.attention import MAX_HEAD_DIM
+from tritonmind.kernels.dispatch import MIN_TILE
 from tritonmind.model_inputs import KVCache
 from tritonmind.model_source import ModelSource
 
@@ -52,6 +54,19 @@ class MemoryPlan(NamedTuple):
         blocks = f"{self.num_blocks} blocks of {self.block_size} tokens ({self.num_blocks * self.block_size} tokens)"
         kind = "int8 " if self.is_int8 else ""
         return ", ".join([*others, f"{kind}{cache} = {blocks}", f"{_gib(left)} stay free"])
+
+
+def check_sizes(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError for heads or blocks that the kernels for GPUs cannot have. Nothing to check on a CPU."""
+    if device.type == "cpu":
+        return
+    if config.model.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"heads of {config.model.head_dim} values (head_dim) are not supported on a GPU, whose kernels have at "
+            f"most {MAX_HEAD_DIM}: use device='cpu'"
+        )
+    if config.cache.block_size < MIN_TILE:
+        raise ConfigError(f"cache_block_seq_len={config.cache.block_size} must be 64 or 128 on a GPU")
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:

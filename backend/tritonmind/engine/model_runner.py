@@ -69,6 +69,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config, self.device)
         check_device(self.device)
+        kv_cache.check_sizes(config, self.device)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
