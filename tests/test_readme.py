@@ -76,3 +76,17 @@ def test_links_and_paths_of_documents_exist(document: Path) -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
     for path in re.findall(r"`((?:backend|tools|tests|model_repository|docs)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_modules_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    package, tools = ROOT / "backend" / "tritonmind", ROOT / "tools" / "tritonmind_tools"
+    for dotted in re.findall(r"`tritonmind\.([a-z_.]+?)(?:\.[a-z_]+)?`", text):
+        assert list(package.glob(dotted.replace(".", "/") + "*")), f"no tritonmind.{dotted}"
+    for path in re.findall(r"`((?:engine|kernels|models|bench)/\w+\.py)`", text):
+        assert (package / path).is_file() or (tools / path).is_file(), f"no {path}"
+    rows = "".join(re.findall(r"^\| (?:`backend/tritonmind/`)? ?\| .*", text.partition("## Packages")[2], re.M))
+    modules = re.findall(r"`(\w+)`", rows)
+    assert len(modules) > 20
+    for module in modules:
+        assert (package / f"{module}.py").is_file(), f"no {module}.py"

@@ -85,11 +85,14 @@ def test_the_commit_of_a_checkout_around_the_environment_is_not_ours(
         ("benchmarks/cpu.md", 1),
         ("benchmarks/accuracy.md", 6),
         ("benchmarks/memory.md", 4),
+        ("benchmarks/serving.md", 5),
+        ("benchmarks/h100.md", 3),
     ],
 )
 def test_commands_of_the_pages_are_understood(page: str, num_commands: int) -> None:
     text = (ROOT / "docs" / page).read_text()
-    commands = re.findall(r"^tritonmind (bench .*)$", text, re.M)
+    text = text.replace("\\\n", " ").replace("$precision", "")
+    commands = re.findall(r"^ *tritonmind (bench .*)$", text, re.M)
     assert len(commands) == num_commands
     for command in commands:
         build_parser().parse_args(shlex.split(command))
