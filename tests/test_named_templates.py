@@ -142,6 +142,8 @@ def test_the_checkpoints_own_template_comes_first(internlm: Path, tmp_path: Path
     (tmp_path / "tokenizer.model").write_bytes((internlm / "tokenizer.model").read_bytes())
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "own"}))
     assert choose_template(tmp_path, model_name="internlm-chat-7b").source is None
+    with pytest.raises(ConfigError, match="base is for models without a form for conversations, and this checkpoint"):
+        choose_template(tmp_path, model_name="x", given="base")
     # The tokenizer's eos ends a turn too, wherever the configuration has another.
     write_config(tmp_path, eos_token="<eoa>")
     eoa = Tokenizer.from_dir(tmp_path).eos_token_id

@@ -77,6 +77,11 @@ def _given(given: str, tokenizer_dir: Path) -> TemplateChoice:
 
 def _turns(template: TurnTemplate, tokenizer_dir: Path, origin: str) -> TemplateChoice:
     if template.capability == "completion":
+        if find_chat_template(tokenizer_dir) is not None:
+            raise ConfigError(
+                f"--chat-template {origin} is for models without a form for conversations, and this checkpoint has a "
+                "chat template: leave the option out; a prompt given as text is continued as it stands"
+            )
         return TemplateChoice()
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     beginning = tokenizer.encode("", add_special_tokens=True)[:1]
