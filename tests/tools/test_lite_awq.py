@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -247,12 +248,13 @@ def test_nothing_half_written_is_left(
         nonlocal calls
         calls += 1
         if calls == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         return quantise(*arguments)
 
     monkeypatch.setattr(command, "_by_checkpoint_name", dies)
-    with pytest.raises(KeyboardInterrupt):
-        auto_awq(work[0] / "checkpoint", tmp_path / "out", group_size=GROUP, scaling="none")
+    checkpoint, group_size = str(work[0] / "checkpoint"), str(GROUP)
+    arguments = ["--model", checkpoint, "--work_dir", str(tmp_path / "out"), "--w_group_size", group_size]
+    assert main(["lite", "auto_awq", *arguments, "--round_to_nearest"]) == 130
     assert calls == 2 and not (tmp_path / "out").exists()
 
     weight = "model.layers.1.mlp.up_proj.weight"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tritonmind.checkpoints.reading import AUTO, DEFAULT_GROUP_SIZE, MODEL_FORMATS, WEIGHT_TYPES
 from tritonmind.config import GROUP_SIZES
 from tritonmind.errors import ConfigError
+from tritonmind_tools.termination import sigterm_interrupts
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     path = local_model(args.path, allow_pickle=args.allow_pickle).path
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with sigterm_interrupts(), Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"reading {args.path}", total=None)
 
         def on_progress(done: int, total: int) -> None:

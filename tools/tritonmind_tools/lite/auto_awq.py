@@ -13,6 +13,7 @@ from tritonmind.checkpoints.reading import DEFAULT_GROUP_SIZE
 from tritonmind.config import GROUP_SIZES, INT4_PER_WORD, ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind_tools.lite.options import DEFAULT_WORK_DIR, add_common_options, boolean, pick_device
+from tritonmind_tools.termination import sigterm_interrupts
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     scaling: Scaling = "none" if args.round_to_nearest else "search" if args.search_scale else "smooth"
-    with progress_bar("quantising") as on_progress:
+    with sigterm_interrupts(), progress_bar("quantising") as on_progress:
         model = auto_awq(
             args.model,
             args.work_dir,
