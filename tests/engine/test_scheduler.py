@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.engine.driver import BLOCK, Driver, request
 from tests.engine.fakes import generate
+from tritonmind.engine import hold_back
 from tritonmind.messages import EngineRequest
 from tritonmind.sequence import SequenceStatus
 
@@ -175,7 +177,7 @@ def test_abort_of_waiting_running_and_unknown_requests(depth: int) -> None:
     assert len(driver.tokens[0]) < 10
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     depth=st.integers(0, 1),
@@ -184,10 +186,13 @@ def test_abort_of_waiting_running_and_unknown_requests(depth: int) -> None:
     caching=st.booleans(),
     with_inputs=st.booleans(),
     rope_limits=st.sampled_from([(), (9,), (12, 24)]),
+    holds_back=st.booleans(),
 )
+@patch.multiple(hold_back, MANY_DECODES=2, MIN_SHARED_TOKENS=12)
 def test_random_traffic(
-    seed: int, depth: int, num_blocks: int, budget: int, caching: bool, with_inputs: bool, rope_limits: tuple[int, ...]
-) -> None:
+    seed: int, depth: int, num_blocks: int, budget: int, caching: bool, with_inputs: bool, rope_limits: tuple[int, ...],
+    holds_back: bool,
+) -> None:  # fmt: skip
     """with_inputs: through the tensors of the steps, those of decodes as a graph would read them.
 
     rope_limits: lengths beyond which a sequence is computed again, in none of whose blocks others of another length may
@@ -202,6 +207,7 @@ def test_random_traffic(
         caching=caching,
         with_inputs=with_inputs,
         rope_limits=rope_limits,
+        holds_back=holds_back,
     )
     requests: dict[int, EngineRequest] = {}
     aborted = set()
@@ -211,14 +217,20 @@ def test_random_traffic(
         # Few distinct tokens, so that prefixes are often shared.
         prompt = [draw.randrange(2)] * draw.randrange(1, 25) + [draw.randrange(3) for _ in range(draw.randrange(5))]
         stop = [draw.randrange(97) for _ in range(draw.randrange(8))]
-        requests[number] = request(number, prompt, draw.randrange(1, 15), stop, priority=draw.randrange(3))
-        driver.scheduler.add(requests[number])
+        first = request(3 * number, prompt, draw.randrange(1, 15), stop, priority=draw.randrange(3))
+        for other in range(draw.choice([1, 1, 1, 3])):
+            parent_id = first.request_id if other else None
+            added = msgspec.structs.replace(first, request_id=first.request_id + other, parent_id=parent_id)
+            requests[added.request_id] = added
+            driver.scheduler.add(added)
         if draw.random() < 0.3:
             victim = draw.choice(list(requests))
             if victim not in driver.finals:
                 aborted.add(victim)
             driver.take(driver.scheduler.abort([victim]))
             driver.scheduler.check_integrity()
+        if draw.random() < 0.05:
+            driver.manager.reset_prefix_cache()
     driver.run()
     assert driver.finals.keys() == requests.keys()
     for number, req in requests.items():
