@@ -54,7 +54,17 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [([], "COMMAND"), (["fly"], "fly"), (["convert", "name"], "PATH"), (["convert", "a", "b", "--tp", "x"], "--tp")],
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["convert", "name"], "PATH"),
+        (["convert", "a", "b", "--tp", "x"], "--tp"),
+        (
+            ["chat", "a", "--temprature", "0"],
+            "tritonmind chat: error: unknown argument --temprature: did you mean --temp",
+        ),
+        (["serve", "gradio", "a", "b"], "unknown argument b: `tritonmind serve gradio --help` lists them"),
+    ],
 )
 def test_wrong_usage_is_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -122,7 +122,7 @@ def test_sampling_options_are_those_of_sampling_params() -> None:
     ("command", "problem"),
     [
         ("/set temperature -1", "temperature=-1.0 is invalid: must be 0 (the likeliest token) to 1000"),
-        ("/set top_k much", "top_k='much' is invalid: Expected `int | null`"),
+        ("/set top_k much", "top_k='much' is invalid: must be a whole number"),
         ("/set warmth 1", "name='warmth' is invalid: unknown option; known are max_tokens, "),
         ("/set warmth", "name='warmth' is invalid: unknown option"),
         ("/set", "/set needs a name, as in: /set temperature 0.7"),

@@ -73,6 +73,29 @@ def test_a_folder_goes_before_an_address(tmp_path: Path, monkeypatch: pytest.Mon
     assert caught.value.args[0] == "engine"
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("http://h --session_len 9", "--session-len means nothing to the API server at http://h"),
+        ("localhost:33337 --model_name m", "--model-name means nothing to the Triton server at localhost:33337"),
+        ("./workspace --api_key k", "--api-key means nothing to an engine of its own"),
+    ],
+)
+@pytest.mark.usefixtures("opened")
+def test_an_option_of_another_source_is_refused(line: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        gradio_app.open_source(words(line))
+
+
+def test_where_nobody_can_listen() -> None:
+    for option, problem in (
+        ("--server_port 70000", "--server_port=70000 must be 1 to 65535"),
+        ("--server_name 192.0.2.1", "cannot listen on the address '192.0.2.1'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            gradio_app.run(words(f"localhost:33337 {option}"))
+
+
 def test_servers_that_are_not_there() -> None:
     for source in (ApiServer(f"http://localhost:{free_port()}"), TritonServer(f"localhost:{free_port()}")):
         with pytest.raises(UnavailableError, match=r"answers at .*localhost"):

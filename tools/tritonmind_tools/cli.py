@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from tritonmind import __version__
 from tritonmind.errors import TritonmindError
@@ -44,8 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Sub-commands are of this class too, so that the one whose option it is not says so, not the first of them."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **options)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return namespace, unknown
+
+    def _unknown(self, argument: str) -> str:
+        option = argument.partition("=")[0]
+        similar = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        remedy = f"did you mean {similar[0]}? " if similar else ""
+        return f"unknown argument {argument}: {remedy}`{self.prog} --help` lists them"
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tritonmind", description="LLM serving for NVIDIA Triton Inference Server: convert, chat, serve, check."
     )
     parser.add_argument("--version", action="version", version=f"tritonmind {__version__}")

@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "skip_special_tokens": ("", "leave special tokens out of the text (default: yes)"),
 }
 _TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams)
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,5 +87,12 @@ def _is_json(name: str) -> bool:
 def _convert(name: str, value: Any) -> Any:
     try:
         return msgspec.convert(value, _TYPES[name], strict=False)
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(name, value, str(error)) from None
+    except msgspec.ValidationError:
+        raise InvalidRequestError(name, value, _expected(name)) from None
+
+
+def _expected(name: str) -> str:
+    if _is_json(name):
+        return 'must be a JSON object of token ids and numbers, as in {"42": -100}'
+    kind = next(kind for kind in (_TYPES[name], *typing.get_args(_TYPES[name])) if kind in _WORDS)
+    return f"{'each ' if _is_list(name) else ''}must be {_WORDS[kind]}"

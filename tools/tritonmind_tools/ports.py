@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from tritonmind.errors import TritonmindError, UnavailableError
+from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 
 _LISTEN = "0A"
 
@@ -25,8 +25,18 @@ def free_port(address: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def check_port(port: int, option: str) -> None:
+    """Raise ConfigError naming the `option` unless there is a port of that number, or it is 0."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{option}={port} must be 1 to 65535, or 0 for a free one")
+
+
 def ensure_port_free(address: str, port: int, option: str) -> None:
-    """Raise PortTakenError naming the port, its holder when that is visible, and the `option` that changes it."""
+    """Raise PortTakenError naming the port, its holder when that is visible, and the `option` that changes it.
+
+    ConfigError where there is no such port, or no such address on this machine.
+    """
+    check_port(port, option)
     with socket.socket(_family(address)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT counts as free
         try:
@@ -36,7 +46,10 @@ def ensure_port_free(address: str, port: int, option: str) -> None:
         except OSError as error:
             holder = port_holder(port)
             if holder is None and error.errno != errno.EADDRINUSE:
-                raise TritonmindError(f"cannot listen on {address}:{port} ({option}): {error.strerror}") from None
+                raise ConfigError(
+                    f"cannot listen on the address {address!r} ({error.strerror}): give one of this machine, such as "
+                    "127.0.0.1, or 0.0.0.0 for all of them"
+                ) from None
             by = f" by {holder}" if holder else ""
             raise PortTakenError(
                 f"port {port} is taken{by}; stop that program or choose another port with {option}"

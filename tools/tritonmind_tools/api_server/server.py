@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tritonmind.errors import ConfigError, TritonmindError
 from tritonmind.random_model import PREFIX
 from tritonmind_tools.bench.options import key_values
-from tritonmind_tools.ports import ensure_port_free
+from tritonmind_tools.ports import check_port, ensure_port_free
 
 try:
     import uvicorn
@@ -156,8 +156,7 @@ def listen(address: str, port: int, client_timeout: float) -> socket.socket:
 
     Raises TritonmindError naming the option that is wrong.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--server-port={port} must be 1 to 65535, or 0 for a free one")
+    check_port(port, "--server-port")
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:

@@ -7,11 +7,12 @@ import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools import api_client, chat, triton_client
-from tritonmind_tools.ports import ensure_port_free
+from tritonmind_tools.ports import ensure_port_free, free_port
 
 if TYPE_CHECKING:
     from tritonmind_tools.console_transport import Source
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 6006
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_NUM_ANSWERS = 32
+# What only an engine of this process can be told.
+_ENGINE_OPTIONS = ("chat_template", "session_len", "dtype", "device", "tp")
 
 _EXAMPLES = """examples:
   tritonmind serve gradio ./workspace                                       an engine of its own
@@ -37,16 +40,26 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.restful_api and "://" not in name:
         name = f"http://{name}"
     if "://" in name:
+        _refuse(args, _ENGINE_OPTIONS, f"the API server at {name}")
         source: Source = api_client.ApiServer(name, api_key=api_client.api_key(args), model=args.model_name)
     elif re.fullmatch(r"[^/\\]+:\d+", name) and not os.path.exists(name):
+        _refuse(args, (*_ENGINE_OPTIONS, "model_name", "api_key"), f"the Triton server at {name}")
         source = triton_client.TritonServer(name)
     else:
+        _refuse(args, ("api_key",), f"an engine of its own on {name}")
         overrides = {name: getattr(args, name) for name in chat.OVERRIDES if getattr(args, name) is not None}
-        if args.tp != 1:
+        if args.tp is not None:
             overrides["tensor_parallel_size"] = args.tp
         return chat.LocalEngine(name, {"max_num_seqs": args.batch_size, **overrides})
     source.connect().close()
     return source
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], source: str) -> None:
+    """Raise ConfigError for an option that a source of that kind has no use for."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing to {source}: leave it out")
 
 
 def register(subparsers: Any) -> None:
@@ -62,7 +75,9 @@ def register(subparsers: Any) -> None:
         "source", metavar="PATH|URL|HOST:PORT", help="workspace or checkpoint, URL of an API server, or a Triton server"
     )
     parser.add_argument("--server-name", default=DEFAULT_ADDRESS, metavar="ADDR", help="default %(default)s")
-    parser.add_argument("--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help="default %(default)s")
+    parser.add_argument(
+        "--server-port", type=int, default=DEFAULT_PORT, metavar="PORT", help="default %(default)s, 0 for a free one"
+    )
     parser.add_argument(
         "--batch-size",
         type=_positive,
@@ -80,7 +95,7 @@ def register(subparsers: Any) -> None:
         metavar="BOOL",
         help="what is named is an API server, also without http://",
     )
-    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="GPUs of an engine of its own")
+    parser.add_argument("--tp", type=_positive, metavar="N", help="GPUs of an engine of its own")
     chat.add_engine_arguments(parser)  # of an API server, --model-name is the model to ask
     api_client.add_server_arguments(parser)
     parser.set_defaults(run=run)
@@ -91,12 +106,13 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("Gradio is not installed: pip install 'tritonmind[gradio]'")
     ensure_port_free(args.server_name, args.server_port, "--server_port")
+    port = args.server_port or free_port(args.server_name)
     print(f"Opening {args.source} ...", flush=True)
     with contextlib.closing(open_source(args)) as source:
         from tritonmind_tools.gradio_app.serve import serve
 
         with contextlib.suppress(KeyboardInterrupt):
-            serve(source, host=args.server_name, port=args.server_port, num_answers=args.batch_size, share=args.share)
+            serve(source, host=args.server_name, port=port, num_answers=args.batch_size, share=args.share)
     print("Stopped", flush=True)
     return 0
 
