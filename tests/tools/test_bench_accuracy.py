@@ -187,4 +187,4 @@ def test_what_cannot_be_compared_is_named(
     make_llama_checkpoint(tmp_path / "larger", vocab=420)
     assert "larger: vocab_size=420, but the reference has 400" in refused(str(tmp_path / "larger"))
     assert "--quant-policy='8,5'" in refused("--quant-policy", "8,5")
-    assert "--max-len=1 must be at least 2" in refused("--max-len", "1")
+    assert "--max-len=8 must be at least 16" in refused("--max-len", "8")

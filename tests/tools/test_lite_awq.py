@@ -231,7 +231,7 @@ def test_what_cannot_be_quantised_is_named(work: tuple[Path, LlamaForCausalLM], 
     refused(ConfigError, r"group_size=48 must be one of 32, 64, 128", group_size=48)
     refused(ConfigError, r"--w_bits=8 is not supported: only 4", w_bits=8)
     refused(ConfigError, r"holds no finished calibration: run `tritonmind lite calibrate", work_dir=tmp_path / "none")
-    refused(CheckpointError, r"is where the model itself is", work_dir=checkpoint, scaling="none")
+    refused(CheckpointError, r"is where the model itself is", work_dir=checkpoint)
     make_llama_checkpoint(tmp_path / "other", num_kv_heads=4, attention_bias=True, seed=1)
     refused(ConfigError, r"holds the calibration of another model \(checkpoint\) than", tmp_path / "other")
     auto_awq(checkpoint, tmp_path / "quantised", group_size=GROUP, scaling="none")

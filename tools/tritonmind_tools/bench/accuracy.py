@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
 from tritonmind_tools.bench.accuracy_rows import Candidate, Measured, as_entry, make_rows, print_rows
-from tritonmind_tools.bench.evaluation import WAYS, ForcedModel, Layout, Way, read_texts, steps
+from tritonmind_tools.bench.evaluation import MIN_TOKENS, WAYS, ForcedModel, Layout, Way, read_texts, steps
 from tritonmind_tools.bench.options import add_engine_options, engine_overrides
 from tritonmind_tools.bench.report import Progress, Report, add_output_options, precision
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from tritonmind.tokenizer import Tokenizer
     from tritonmind_tools.bench.shapes import shape_name
 
-    for name, least in (("texts", 1), ("max_len", 2)):
+    for name, least in (("texts", 1), ("max_len", MIN_TOKENS)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least {least}")
     candidates = _candidates(args)

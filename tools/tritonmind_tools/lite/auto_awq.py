@@ -121,8 +121,9 @@ def auto_awq(
     torch_device = pick_device(device)
     source = LayerSource(model, allow_pickle=allow_pickle)
     quantised = dataclasses.replace(source.model, weight_type="int4", group_size=group_size, unquantized_type="fp16")
+    checkpoint = AwqCheckpointWriter(work_dir, quantised, source.checkpoint)
     calibration = None if scaling == "none" else open_calibration(work_dir, source)
-    with AwqCheckpointWriter(work_dir, quantised, source.checkpoint) as writer:
+    with checkpoint as writer:
         first, *last = source.unlayered().items()  # the embedding, and what comes after the layers
         writer.write({first[0]: source.tensor(first[1])})
         _quantise_layers(source, calibration, writer, quantised, scaling, search_tokens, torch_device, on_progress)
