@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.sampling_values import NEUTRAL
 from tritonmind.engine.sampler import DRAWS, EDITS, LOGPROBS, Sampler
 from tritonmind.engine.staging import StepStaging
 from tritonmind.kernels import SamplingState, reference
@@ -17,15 +18,6 @@ from tritonmind.sequence import Sequence
 VOCAB = 50
 NUM_SLOTS = 6
 CPU = torch.device("cpu")
-NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 OPTIONS = [
     {"temperature": 0.0},
     {"temperature": 0.3},

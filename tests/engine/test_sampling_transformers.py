@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.sampling_values import NEUTRAL
 from tritonmind.engine.logit_edits import LogitEditor
 from tritonmind.engine.scheduler_output import ScheduledSequence
 from tritonmind.kernels import PROMPT_FLAG, SamplingState, sample_tokens
@@ -34,15 +35,6 @@ VOCAB = len(PROBABILITIES)
 PROMPT, GENERATED = [1, 4], [0, 4, 4, 7]
 # 99.9 % of a chi-square distribution, by degrees of freedom.
 CHI_SQUARE_999 = {0: 0.0, 1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32, 8: 26.12, 9: 27.88}
-NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 CASES: dict[str, tuple[dict[str, float], list[Any]]] = {
     "nothing": ({}, []),
     "temperature": ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),

@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from tests.kernels.kernel_cases import Target
+from tests.sampling_values import NEUTRAL
 from tritonmind.kernels import PROMPT_FLAG, SamplingState, gumbel_noise, reference, sample_tokens
 
-NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.7},
