@@ -32,6 +32,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": ""}, "messages"),
     ({"messages": [1]}, "messages[0]"),
+    ({"messages": [1] * 20_000}, "messages"),
     (message(role="wizard"), "messages[0].role"),
     (message(role="function"), "messages[0].role"),
     (message(content=None), "messages[0].content"),
@@ -174,3 +175,4 @@ def test_unknown_models_and_routes() -> None:
         send("/v1/embeddings", json={"model": MODEL, "input": "a"}).json()["error"]["code"] == "unsupported_operation"
     )
     assert send("/v1/encode", json={"input": "a"}).status_code == 400
+    assert "at most" in send("/v1/encode", json={"input": ["aé" * 2**20] * 2}).json()["error"]["message"]

@@ -16,6 +16,8 @@ from pydantic import BeforeValidator, PlainValidator, ValidationInfo, WithJsonSc
 from tritonmind_tools.api_server.errors import ApiError, refused
 
 MAX_TOOLS = 128
+MAX_MESSAGES = 2**14  # looking at a million takes seconds, in which no other answer goes on
+MAX_ENCODED_BYTES = 4 << 20  # of texts to encode at once, for which a hundred times as much memory is taken
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _TEXT_PARTS: dict[str, Any] = {
     "type": "array",
@@ -110,6 +112,8 @@ def checked_messages(value: Any) -> list[dict[str, Any]]:
         return [{"role": "user", "content": checked_text(value, "messages")}]
     if not isinstance(value, list) or not value:
         raise invalid("messages", "must be a list of messages, at least one, or a text", "invalid_type")
+    if len(value) > MAX_MESSAGES:
+        raise invalid("messages", f"has {len(value)} messages, at most {MAX_MESSAGES} go in one request")
     return [_message(each, f"messages[{index}]") for index, each in enumerate(value)]
 
 
@@ -358,11 +362,13 @@ def checked_turn(value: Any) -> list[dict[str, Any]]:
 
 
 def checked_texts(value: Any) -> str | list[str]:
-    if isinstance(value, str):
-        return checked_text(value, "input")
-    if not isinstance(value, list):
+    if not isinstance(value, (str, list)):
         raise invalid("input", "must be a text or a list of texts", "invalid_type")
-    return [checked_text(text, f"input[{index}]") for index, text in enumerate(value)]
+    named = [("input", value)] if isinstance(value, str) else [(f"input[{at}]", text) for at, text in enumerate(value)]
+    num_bytes = sum(len(checked_text(text, name).encode()) for name, text in named)
+    if num_bytes > MAX_ENCODED_BYTES:
+        raise invalid("input", f"has {num_bytes} bytes, at most {MAX_ENCODED_BYTES} go in one request")
+    return value
 
 
 Turn = _typed(checked_turn, {"anyOf": [{"type": "string"}, _MESSAGES_SCHEMA["anyOf"][1]]})

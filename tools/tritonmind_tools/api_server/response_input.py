@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from tritonmind_tools.api_server.errors import refused
-from tritonmind_tools.api_server.fields import Json, Variables, checked_text, invalid, lacking
+from tritonmind_tools.api_server.fields import MAX_MESSAGES, Json, Variables, checked_text, invalid, lacking
 from tritonmind_tools.api_server.protocol import Body, ChatBody, Effort, Text
 
 # What an item of each type may have, beside labels without an effect.
@@ -112,6 +112,8 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
         return [*messages, {"role": "user", "content": checked_text(body.input, "input")}]
     if not isinstance(body.input, list) or not body.input:
         raise invalid("input", "must be a text or a list of items, at least one", "invalid_type")
+    if len(body.input) > MAX_MESSAGES:
+        raise invalid("input", f"has {len(body.input)} items, at most {MAX_MESSAGES} go in one request")
     thoughts = ""
     for index, item in enumerate(body.input):
         where = f"input[{index}]"
