@@ -90,7 +90,7 @@ def certificate(tmp_path: Path) -> Path:
 
 
 def test_openai_client_over_https(workspace: Path, certificate: Path) -> None:
-    """The command as a user gives it, until Ctrl-C."""
+    """The command as a user gives it, until it is told to end, as Docker does."""
     command = [
         sys.executable,
         "-m",
@@ -109,7 +109,7 @@ def test_openai_client_over_https(workspace: Path, certificate: Path) -> None:
             url = next(line.rpartition(" ")[2].strip() for line in lines if "routes at https://" in line)
             output = run("openai_client.py", url, SSL_CERT_FILE=str(certificate))
         finally:
-            server.send_signal(signal.SIGINT)
+            server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=60) == 128 + signal.SIGINT
     assert re.search(r"\[\d+ \+ \d+ tokens\]", output)
     assert re.search("city: (Paris|Rome)", output)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import socket
 import ssl
 from pathlib import Path
@@ -69,6 +70,8 @@ def serve(args: argparse.Namespace) -> int:
             **tls,
         )
         server = uvicorn.Server(config)
+        # uvicorn raises the signal that stopped it again when all connections have ended; the engine is closed then.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         server.run(sockets=[listener])
         if not server.started:
             raise TritonmindError("the server did not start: its log above says why")
