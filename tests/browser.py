@@ -80,7 +80,8 @@ class Chat:
         self.page.locator(f"#tm-chat button[aria-label='{name}']").last.click()
 
     def stop(self) -> None:
-        self.page.click("#tm-box .stop-button")
+        # Not click(), which waits for a button that stands still: an answer that grows moves it.
+        self.page.dispatch_event("#tm-box .stop-button", "click")
 
     def set(self, **options: str) -> None:
         """Type into fields of the settings, which are open afterwards."""

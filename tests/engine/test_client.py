@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -168,30 +169,27 @@ def test_what_is_sent_while_the_engine_dies_neither_blocks_nor_is_lost(own_proce
     outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
     accepted = set()
 
-    def submit() -> int | None:
+    def submit() -> int:
         new = request(own_process, [3], 500)
-        try:
-            own_process.submit(new, outputs.put)
-        except UnavailableError:
-            return None
+        own_process.submit(new, outputs.put)
         accepted.add(new.request_id)
         return new.request_id
 
     first = submit()
-    assert first is not None
     next_output(outputs)
     os.kill(own_process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while own_process.is_alive():
         assert time.monotonic() < deadline, "the engine's end was not noticed"
         own_process.abort([first])
-        submit()
+        with contextlib.suppress(UnavailableError):  # noticed since the loop looked
+            submit()
         time.sleep(0.002)
     ended = set()
     while ended != accepted:
         output = next_output(outputs)
         if output.finish_reason is not None:
-            assert output.request_id not in ended
+            assert output.request_id not in ended and "signal 9" in str(output.error)
             ended.add(output.request_id)
 
 

@@ -72,18 +72,14 @@ class LocalEngine:
             llm.close()
 
     def llm(self) -> LLM:
-        """The running engine. Whoever asks while it starts waits."""
+        """The running engine, another one if that has died. Whoever asks while it starts waits."""
         with self._lock:
+            if self._llm is not None and not self._llm.engine.is_alive():
+                dead, self._llm = self._llm, None
+                dead.close()
             if self._llm is None:
                 self._llm = self._start()
             return self._llm
-
-    def discard(self, llm: LLM) -> None:
-        """Let go of an engine that has died."""
-        with self._lock:
-            if self._llm is llm:
-                self._llm = None
-        llm.close()
 
     def _start(self) -> LLM:
         from tritonmind.engine.llm import LLM
@@ -136,7 +132,6 @@ class LocalTransport:
         except UnavailableError as error:
             if llm.engine.is_alive():
                 raise
-            self._source.discard(llm)
             raise UnavailableError(f"{error}; the next question starts the engine again") from None
         finally:
             left.set()

@@ -120,9 +120,7 @@ class EngineClient(ABC):
         with self._lock:
             live = [request_id for request_id in request_ids if request_id in self._live]
             if live and self._failure is None:
-                # An engine that is gone ends them all, as soon as that is noticed.
-                with contextlib.suppress(UnavailableError):
-                    self._send(Abort(request_ids=live))
+                self._send(Abort(request_ids=live))
 
     def stats(self, timeout: float = 5.0) -> EngineStats:
         """Fresh statistics."""
@@ -168,7 +166,7 @@ class EngineClient(ABC):
     def _send(self, *messages: ToEngine) -> None:
         """Hand messages to the engine, all or none, which takes them between two steps. Never waits.
 
-        Called with the lock held. UnavailableError if the engine is gone.
+        Called with the lock held. What an engine that is gone does not take ends as soon as that is noticed.
         """
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,11 +61,10 @@ class ProcessEngineClient(EngineClient):
         return self._process.pid
 
     def _send(self, *messages: ToEngine) -> None:
-        # Without a peer a PUSH socket would block, and we hold the lock that reporting the engine's end needs.
-        try:
+        # Without a peer a PUSH socket would block. The process is gone then: the receiving thread is about to notice,
+        # and ends what is live, this too, with the cause.
+        with contextlib.suppress(zmq.Again):
             self._outbox.send_multipart([self._encoder.encode(message) for message in messages], zmq.NOBLOCK)
-        except zmq.Again:
-            raise UnavailableError("the engine's process is gone") from None
 
     def _receive_all(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
