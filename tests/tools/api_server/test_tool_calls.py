@@ -158,6 +158,29 @@ def test_allowed_tools_are_the_only_ones() -> None:
     assert backend.requests[0].tools == TOOLS[1:]
 
 
+def test_a_forced_call_is_held_to_its_parameters_and_their_references() -> None:
+    backend = ScriptedBackend(lambda request: words("ok"), template=HERMES_TEMPLATE)
+    deep: dict[str, Any] = {}
+    for _ in range(600):
+        deep = {"items": deep}
+    for parameters, status in (
+        ({"properties": {"a": {"$ref": "#/definitions/A"}, "b": {"$ref": "#"}}}, 200),
+        (deep, 400),
+    ):
+        tools = [*TOOLS, {"type": "function", "function": {"name": "third", "parameters": parameters}}]
+        answer = post(backend, "/v1/chat/completions", chat(tools=tools, tool_choice="required"))
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == "tools" and "deeply" in answer.json()["error"]["message"]
+    form = backend.requests[0].params.guided
+    assert form is not None
+    third = json.loads(form.spec)["anyOf"][2]["properties"]
+    place = "#/anyOf/2/properties/arguments"
+    assert third["name"] == {"const": "third"} and third["arguments"] == {
+        "type": "object",
+        "properties": {"a": {"$ref": f"{place}/definitions/A"}, "b": {"$ref": place}},
+    }
+
+
 def test_special_marks_of_calls_are_kept_in_the_text() -> None:
     backend = ScriptedBackend(lambda request: words("ok"), template="{{ tools }}<|start_header_id|>ipython")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tritonmind.request_fields import ParsedRequest
 from tritonmind_tools.api_server.backends import Backend
 from tritonmind_tools.api_server.dialect import PROMPT, Dialect, described
-from tritonmind_tools.api_server.errors import ApiError, refused
+from tritonmind_tools.api_server.errors import ApiError, refused, told
 from tritonmind_tools.api_server.fields import invalid
 from tritonmind_tools.api_server.logprobs import chat_logprobs
 from tritonmind_tools.api_server.protocol import ChatBody
@@ -30,6 +30,8 @@ from tritonmind_tools.console_transport import Delta
 
 # Fields of SamplingParams by OpenAI's names.
 NAMES = {"num_logprobs": "top_logprobs", "include_stop": "include_stop_str_in_output", "prompt": "messages"}
+# A forced call is held to a form that its client did not write.
+_FORCED_NAMES = {"response_format": "tools"}
 
 
 class Tools(NamedTuple):
@@ -138,8 +140,8 @@ class ChatAnswer:
 
     @property
     def names(self) -> dict[str, str]:
-        """As NAMES; a forced call is held to a form that its client did not write."""
-        return {**NAMES, "response_format": "tools"} if self._tools.forced else NAMES
+        """As NAMES."""
+        return NAMES | _FORCED_NAMES if self._tools.forced else NAMES
 
     async def write(self, writer: Writer) -> None:
         """Answer, all at once or as it comes."""
@@ -236,7 +238,8 @@ class ChatAnswer:
         if form is not None and tools.forced:
             raise invalid("tool_choice", "a call must come, or an answer by response_format: choose one")
         if tools.forced:
-            form = guided_call(tools.offered)
+            with told(_FORCED_NAMES):
+                form = guided_call(tools.offered)
         own: dict[str, Any] = {"guided": form}
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs", "goes with logprobs=true")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tritonmind.guided import parse_response_format
+from tritonmind.errors import InvalidRequestError
+from tritonmind.guided import FIELD, parse_response_format
 from tritonmind.messages import GuidedDecoding
 
 
@@ -25,10 +26,13 @@ def response_format(form: GuidedDecoding) -> dict[str, Any]:
 
 def guided_call(tools: list[dict[str, Any]]) -> GuidedDecoding | None:
     """A call of one of `tools`, as `tool_calls.FORCED` reads it. Raises InvalidRequestError."""
-    if len(tools) == 1:
-        schema = _call_schema(tools[0]["function"], "#")
-    else:
-        schema = {"anyOf": [_call_schema(tool["function"], f"#/anyOf/{index}") for index, tool in enumerate(tools)]}
+    try:
+        if len(tools) == 1:
+            schema = _call_schema(tools[0]["function"], "#")
+        else:
+            schema = {"anyOf": [_call_schema(tool["function"], f"#/anyOf/{at}") for at, tool in enumerate(tools)]}
+    except RecursionError:
+        raise InvalidRequestError(FIELD, f"{len(tools)} tools", "are nested too deeply") from None
     return guided({"type": "json_schema", "json_schema": {"schema": schema}})
 
 
