@@ -50,7 +50,8 @@ class EngineCore:
             config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
-        # Steps with prompts write 4-bit weights out in 16 bits; without graphs the host takes long to launch them.
+        # Few tokens of prompts cost a step nearly as much as many: it unpacks all 4-bit weights, on cards other than
+        # Hopper to memory; and without graphs the host takes long to launch it.
         is_dear = runner.device.type == "cuda" and (config.model.weight_type == "int4" or config.enforce_eager)
         self.scheduler = Scheduler(limits, self.block_manager, rope_limits=runner.rope_limits, holds_back=is_dear)
         self.async_depth = (
