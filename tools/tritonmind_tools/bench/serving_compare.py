@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tritonmind.random_model import AUTO
 from tritonmind.workspace import Workspace
 from tritonmind_tools.bench import grid, machine
 from tritonmind_tools.bench.load import Target
@@ -44,12 +45,14 @@ def measure_both(args: argparse.Namespace, report: Report, loads: list[Load]) ->
 
 def _measure_both(workspace: Path, args: argparse.Namespace, report: Report, loads: list[Load]) -> list[dict[str, Any]]:
     model = Workspace.open(model_folder(workspace) / "1").model
+    chosen = chosen_settings(args)
+    if engine_dtype(args) != AUTO:
+        chosen["dtype"] = engine_dtype(args)
     settings = {
         "enable_prefix_caching": False,
         "check_integrity_when_idle": False,
         "max_num_seqs": args.max_batch,
-        "dtype": engine_dtype(args),
-        **chosen_settings(args),
+        **chosen,
     }
     bandwidth = machine.copy_bandwidth()
     with _hosted(workspace, args, settings) as address:
