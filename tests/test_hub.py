@@ -67,7 +67,9 @@ def test_a_name_is_downloaded_once_and_then_read_without_the_network(
         wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
         assert wanted | {"tokenizer_config.json", "chat_template.jinja"} == downloaded(hub)
         hub.requests.clear()
-        assert local_model(NAME, allow_pickle=True).name == "tiny-chat" and not downloaded(hub)
+        found = local_model(NAME, allow_pickle=True)
+        assert found.name == "tiny-chat" and not downloaded(hub)
+        assert open_model(found.path).model.model_name == "tiny-chat", "its folder has the revision's name"
     use(hub.url, offline=True)
     source = open_model(NAME)
     assert source.model.model_name == "tiny-chat" and (source.tokenizer_dir / "tokenizer.json").is_file()

@@ -43,6 +43,15 @@ class LocalModel(NamedTuple):
     name: str | None = None
 
 
+def name_of(path: Path) -> str:
+    """What a checkpoint's path calls it: its last part, but of a snapshot in the hub's cache the repository's name."""
+    full = path.resolve()
+    repository = full.parent.parent.name
+    if full.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return full.name if path.is_dir() else full.stem
+
+
 def local_model(path: str, *, allow_pickle: bool = False) -> LocalModel:
     """Where a model is. What is no path here and reads ORGANISATION/NAME or ORGANISATION/NAME@REVISION comes from the
     hub: its safetensors, configuration and tokenizer. allow_pickle: where it has no safetensors, its pickle files.

@@ -15,6 +15,7 @@ from tritonmind.checkpoints.reading import AUTO, model_config, open_checkpoint, 
 from tritonmind.checkpoints.tokenizer_files import special_token_id
 from tritonmind.config import EngineConfig
 from tritonmind.config_ini import build_engine_config, new_settings
+from tritonmind.hub import name_of
 from tritonmind.named_templates import contradiction, named_template
 from tritonmind.template_choice import TemplateChoice, choose_template
 from tritonmind.tensor_layout import common_tensor_specs, tensor_specs
@@ -29,8 +30,8 @@ _TENSOR_PARALLEL_SIZE = 1
 class CheckpointModel:
     """A checkpoint opened for serving, read like a Workspace; nothing is written beside it.
 
-    weight_type, model_name, chat_template, allow_pickle: as convert's options; the name is by default the path's last
-    part. Opening reads the configuration, not the weights. Raises CheckpointError for a checkpoint that `convert` would
+    weight_type, model_name, chat_template, allow_pickle: as convert's options; the name is by default what the path
+    says. Opening reads the configuration, not the weights. Raises CheckpointError for a checkpoint that `convert` would
     refuse: here for its configuration, in `tensors` for its weights. warnings: what the user should know.
     """
 
@@ -45,8 +46,7 @@ class CheckpointModel:
     ) -> None:
         self.path = path
         self._checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-        full = path.resolve()
-        name = model_name or (full.name if path.is_dir() else full.stem)
+        name = model_name or name_of(path)
         model = model_config(
             self._checkpoint,
             model_name=name,

@@ -18,6 +18,7 @@ from tritonmind.checkpoints.source import Checkpoint
 from tritonmind.checkpoints.tokenizer_files import special_token_id
 from tritonmind.errors import CheckpointError
 from tritonmind.families import names_of
+from tritonmind.hub import name_of
 from tritonmind_tools.lite.decoder_layer import DecoderLayer
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ class LayerSource:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
         _refuse_quantised(self.checkpoint)
-        name = path.resolve()
         self.model = model_config(
             self.checkpoint,
-            model_name=name.name if path.is_dir() else name.stem,
+            model_name=name_of(path),
             weight_type="fp32",
             special_token_id=lambda role: special_token_id(self.tokenizer_dir, role),
         )
