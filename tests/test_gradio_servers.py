@@ -110,9 +110,8 @@ def converse(chat: Chat, server: Lost) -> None:
     chat.page.wait_for_selector(".tm-ready")
     chat.set(temperature="0", max_tokens="25000")
     chat.ask("hello")
-    chat.page.wait_for_function("document.querySelector('#tm-chat .bot.message')?.innerText.length > 40")
-    first = len(chat.answer)
-    chat.page.wait_for_function(f"document.querySelector('#tm-chat .bot.message').innerText.length > {first}")
+    # Stopped as soon as it has begun: this model writes faster than a browser shows on a busy machine.
+    chat.page.wait_for_function("document.querySelector('#tm-chat .bot.message')?.innerText.length > 0")
     chat.stop()
     chat.expect(".tm-note", "cancelled")
     chat.set(max_tokens="8")

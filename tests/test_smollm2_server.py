@@ -32,10 +32,10 @@ def server(smollm2_workspace: Path) -> Iterator[EmbeddedServer]:
 
 
 def stream_request(index: int) -> dict[str, Any]:
-    """Prompts of 5 to about 150 tokens, answers of 4 to 43."""
+    """Prompts of 5 to about 150 tokens, answers of 4 to 23."""
     topic = TOPICS[index % len(TOPICS)]
     text = f"{index}. Write about {topic}. " + f"Mention {topic} and the number {index}. " * (index % 13)
-    return {"text": text, "options": {"temperature": 0, "ignore_eos": True, "max_tokens": 4 + index * 7 % 40}}
+    return {"text": text, "options": {"temperature": 0, "ignore_eos": True, "max_tokens": 4 + index * 7 % 20}}
 
 
 def answer_text(address: str, request: dict[str, Any]) -> str:
