@@ -193,7 +193,12 @@ DOWN = "model.layers.1.mlp.down_proj"
         ),
         ("awq", {"qzeros": lambda t: t.half()}, f"{DOWN}.qzeros is F16, not one of I32"),
         ("awq", {"scales": lambda t: t.int()}, f"{DOWN}.scales is I32, not one of F16"),
-        ("awq", {"scales": lambda t: t.float() * 1e9}, "feed_forward.w2.0.scales holds scales that fp16 cannot"),
+        (
+            "awq",
+            {"scales": lambda t: t.float() * 1e9},
+            "feed_forward.w2.0.scales holds scales that are not finite in fp",
+        ),
+        ("gptq", {"scales": lambda t: t * float("nan")}, "feed_forward.w2.0.scales holds scales that are not finite"),
         ("awq", {"qzeros": None}, f"tensor {DOWN}.qzeros is missing"),
         ("awq", {"qweight": None, "weight": lambda t: torch.ones(64, 96)}, f"{DOWN}.weight stands in the place of"),
         ("awq", {"g_idx": lambda t: torch.zeros(96)}, f"tensor {DOWN}.g_idx is not one of LlamaForCausalLM"),

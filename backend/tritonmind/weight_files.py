@@ -242,15 +242,21 @@ def _header(specs: list[TensorSpec]) -> bytes:
 
 
 def to_stored(spec: TensorSpec, block: torch.Tensor, remedy: str = FP16_REMEDY) -> torch.Tensor:
-    """`block` of rows in the stored dtype. Raises CheckpointError, with the remedy, when a value does not fit fp16."""
+    """`block` of rows in the stored dtype. Raises CheckpointError, with the remedy, when a value does not fit fp16.
+
+    Also for a scale of 4-bit weights that is not finite to begin with; of other tensors that would take long to see.
+    """
     import torch
 
     dtype = torch_dtype(spec.dtype)
     assert block.is_floating_point() == dtype.is_floating_point, f"{spec.name} came as {block.dtype}"
     stored = block.to(dtype)
-    if dtype == torch.float16 and block.dtype != dtype and not torch.isfinite(stored).all():
-        if spec.name.endswith(".scales"):
-            raise CheckpointError(f"{spec.name} holds scales that fp16 cannot: 4-bit weights have fp16 scales")
+    are_scales = spec.name.endswith(".scales")
+    if dtype == torch.float16 and (block.dtype != dtype or are_scales) and not torch.isfinite(stored).all():
+        if are_scales:
+            raise CheckpointError(
+                f"{spec.name} holds scales that are not finite in fp16, which 4-bit weights have them in"
+            )
         raise CheckpointError(f"{spec.name} holds values that fp16 cannot: {remedy}")
     return stored
 
