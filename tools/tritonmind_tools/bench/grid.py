@@ -12,7 +12,7 @@ from tritonmind_tools.bench.report import precision
 from tritonmind_tools.bench.roofline import DTYPE_BYTES, decode_bytes, prefill_flops, step_bytes
 from tritonmind_tools.bench.rounds import Lengths, Round, Steady, percentile
 from tritonmind_tools.bench.shapes import shape_name
-from tritonmind_tools.bench.workloads import CountTokens, read_workload
+from tritonmind_tools.bench.workloads import CountTokens, read_workload, workload_name
 
 if TYPE_CHECKING:
     from tritonmind.config import ModelConfig
@@ -131,10 +131,10 @@ def steps(batch_size: int, context: int, max_num_batched_tokens: int) -> Workloa
 def requests(name: str, limit: int = 0, count_tokens: CountTokens | None = None) -> Workload:
     """The requests of a named workload or a file, or the first `limit` of them. Raises ConfigError."""
     lengths = read_workload(name, count_tokens)
-    stem = name.rpartition("/")[2].partition(".")[0]
+    called = workload_name(name)
     if limit and limit < len(lengths):
-        return Workload(f"{stem}_first{limit}", "requests", lengths[:limit])
-    return Workload(stem, "requests", lengths)
+        return Workload(f"{called}_first{limit}", "requests", lengths[:limit])
+    return Workload(called, "requests", lengths)
 
 
 def peers() -> list[Workload]:

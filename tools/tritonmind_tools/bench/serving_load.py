@@ -12,7 +12,7 @@ from tritonmind_tools.bench.load import Target, poisson, run_load
 from tritonmind_tools.bench.load_client import Request
 from tritonmind_tools.bench.report import Progress, Report, positive_numbers, print_table
 from tritonmind_tools.bench.serving_rows import BUSY_CLIENT, Served, Slo, median_of, served
-from tritonmind_tools.bench.workloads import read_workload
+from tritonmind_tools.bench.workloads import read_workload, workload_name
 
 INPUT_LEN, OUTPUT_LEN, NUM_REQUESTS = 128, 128, 1000
 WARM_UP_TOKENS = 16
@@ -48,7 +48,7 @@ def loads(args: argparse.Namespace) -> list[Load]:
         streams = []
     if args.workload:
         lengths = read_workload(args.workload, _counter(args))[: args.num_requests]
-        name = f"server_{Path(args.workload).stem}"
+        name = f"server_{workload_name(args.workload)}"
     elif rates:
         ((prompt, answer),) = _equal_lengths(args, 1)
         lengths = [(prompt, answer)] * (args.num_requests or NUM_REQUESTS)

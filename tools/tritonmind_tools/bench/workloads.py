@@ -32,6 +32,11 @@ def read_workload(name_or_path: str, count_tokens: CountTokens | None = None) ->
     return _read_sharegpt(path, count_tokens) if holds_texts(name_or_path) else _read_csv(path)
 
 
+def workload_name(name_or_path: str) -> str:
+    """What rows call a workload."""
+    return Path(name_or_path).stem
+
+
 def holds_texts(name_or_path: str) -> bool:
     """Whether a workload's lengths must be counted by a tokenizer."""
     return Path(name_or_path).suffix == ".json"
