@@ -19,7 +19,7 @@ from tritonmind_tools.console_transport import Delta, Message, Status
 ERRORS = {
     "fail": InvalidRequestError("top_p", 2.0, "must be above 0 and at most 1"),
     "long": InvalidRequestError("prompt", "600 tokens", "session_len is 512 and the answer needs at least one"),
-    "lost": UnavailableError("the connection is lost"),
+    "lost": UnavailableError("the connection is lost ([Errno 111] *refused*)"),
 }
 
 

@@ -171,7 +171,7 @@ def test_settings_are_sent_and_a_wrong_one_keeps_the_question(visit: Callable[..
 def test_what_failed_says_why_and_is_no_history(visit: Callable[..., Chat], source: Models) -> None:
     chat = visit()
     chat.ask("lost")
-    chat.expect_answer("No answer. The connection is lost. Try again with the arrow below.")
+    chat.expect_answer("No answer. The connection is lost ([Errno 111] *refused*). Try again with the arrow below.")
     chat.press("Retry")
     wait_until(lambda: source.seen() == [["lost"], ["lost"]])
     chat.expect_answer("No answer.")

@@ -63,6 +63,7 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
             ["chat", "a", "--temprature", "0"],
             "tritonmind chat: error: unknown argument --temprature: did you mean --temp",
         ),
+        (["chat", "a", "--system", "caf\udce9"], "--system: 'caf\\udce9' is not UTF-8"),
         (["serve", "gradio", "a", "b"], "unknown argument b: `tritonmind serve gradio --help` lists them"),
     ],
 )

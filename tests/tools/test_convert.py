@@ -199,6 +199,8 @@ def test_path_that_may_not_be_read(
 
 def test_path_that_is_no_checkpoint(checkpoint: Path) -> None:
     assert "config.json is neither a directory nor a .gguf file" in refused(checkpoint / "config.json")
+    convert("tiny", checkpoint, checkpoint.parent / "made")
+    assert "made is a workspace already: serve it" in refused(checkpoint.parent / "made")
     (checkpoint / "config.json").unlink()
     assert f"{checkpoint} has no config.json" in refused(checkpoint)
 

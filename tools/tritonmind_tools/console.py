@@ -277,12 +277,19 @@ def _shown(value: Any) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every console has."""
-    parser.add_argument("--system", metavar="TEXT", help="system message that begins the conversation")
+    parser.add_argument("--system", type=_text, metavar="TEXT", help="system message that begins the conversation")
     parser.add_argument(
         "--session-id", default=DEFAULT_SESSION, metavar="NAME", help="name of the first session (default: %(default)s)"
     )
     parser.add_argument("--no-stats", action="store_true", help="no line of statistics after an answer")
     add_sampling_arguments(parser)
+
+
+def _text(text: str) -> str:
+    """An argument; what was not UTF-8 in it, Python has put into surrogates, which no model can be sent."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8: set the terminal's encoding to it")
+    return text
 
 
 def converse(find: Callable[[], Source], args: argparse.Namespace, *, opening: str) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritonmind.checkpoints.reading import AUTO, DEFAULT_GROUP_SIZE, MODEL_FORMATS, WEIGHT_TYPES
 from tritonmind.config import GROUP_SIZES
-from tritonmind.errors import ConfigError
+from tritonmind.errors import CheckpointError, ConfigError
 from tritonmind_tools.termination import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -168,11 +168,14 @@ def convert(
     from tritonmind.named_templates import contradiction
     from tritonmind.template_choice import choose_template
     from tritonmind.tensor_layout import check_tensor_parallel
+    from tritonmind.workspace import is_workspace
     from tritonmind.workspace_writer import WorkspaceWriter, check_destination
 
     if not _MODEL_NAME.fullmatch(model_name):
         raise ConfigError(f"MODEL_NAME={model_name!r} must consist of letters, digits, '.', '_' and '-'")
     check_destination(destination, force)
+    if is_workspace(path):
+        raise CheckpointError(f"{path} is a workspace already: serve it, or give the checkpoint that it was made of")
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     with tempfile.TemporaryDirectory(prefix="tritonmind-") as staged:
         tokenizer_dir = Path(staged, "tokenizer")

@@ -125,5 +125,5 @@ def _sentence(error: Exception) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text whose characters mean nothing to Markdown."""
-    return "".join(f"\\{character}" if character in "\\`*_{}[]()<>#+-!|~$" else character for character in text)
+    """Text whose characters mean nothing to Markdown, nor to formulas, whose marks are \\( and \\[."""
+    return "".join(f"&#{ord(character)};" if character in "\\`*_[]<>&#!|~$" else character for character in text)

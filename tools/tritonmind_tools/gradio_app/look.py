@@ -34,6 +34,7 @@ CSS = """
   color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tm-panel-text { font-size: .8rem; color: var(--body-text-color-subdued); }
 .tm-problem { color: var(--error-text-color); }
+.dark :is(.tm-problem, .tm-lost > span) { color: #f87171; }
 #tm-chat { flex: 1 1 0; min-height: 8rem !important; height: auto !important; border: none !important;
   background: transparent; }
 #tm-chat .top-panel { display: none; }
