@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fake_transport import FakeTransport
 
 from tritonmind.errors import ConfigError, UnavailableError
 from tritonmind_tools import gradio_app
@@ -13,6 +14,7 @@ from tritonmind_tools.api_client import ApiServer
 from tritonmind_tools.cli import build_parser, normalise
 from tritonmind_tools.console_transport import Status
 from tritonmind_tools.gradio_app import chat_view
+from tritonmind_tools.gradio_app.session import Sessions
 from tritonmind_tools.ports import free_port
 from tritonmind_tools.triton_client import TritonServer
 
@@ -146,3 +148,28 @@ def test_what_the_model_gets_of_a_chat() -> None:
 def test_nothing_shown_is_markup_of_others() -> None:
     assert "<b>" not in chat_view.header(Status(is_ready=False, text="<b>"))
     assert "<b>" not in chat_view.problem(ConfigError("<b>"))
+
+
+def test_answers_beyond_the_limit_wait_and_can_be_given_up() -> None:
+    class Fakes:
+        def connect(self) -> FakeTransport:
+            return FakeTransport()
+
+        def status(self) -> Status:
+            return Status(is_ready=True, text="fakes")
+
+        def close(self) -> None:
+            pass
+
+    sessions = Sessions(Fakes(), num_answers=1)
+    message = {"role": "user", "content": "slow"}
+    running = sessions.get("first").ask([message], {})
+    waiting = [sessions.get(name).ask([message | {"content": "one"}], {}) for name in ("second", "third")]
+    waiting[0].stop()
+    waiting[0].wait(30)
+    assert waiting[0].was_stopped and not waiting[0].text
+    assert not waiting[1].is_done and not waiting[1].text and not running.is_done
+    running.stop()
+    waiting[1].wait(30)
+    assert waiting[1].text == "said: one"
+    sessions.close()

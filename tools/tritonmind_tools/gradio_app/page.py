@@ -37,14 +37,13 @@ _Updates = tuple[Any, Any, Any]  # of the chat, the box and the note
 class Page:
     """One page for all visitors; what differs between them is in their session and in what their browser sends."""
 
-    def __init__(self, sessions: Sessions, watch: Watch, *, num_answers: int) -> None:
-        """num_answers: how many answers may run at once, over all visitors."""
+    def __init__(self, sessions: Sessions, watch: Watch) -> None:
         self._sessions = sessions
         self._watch = watch
         with gr.Blocks(title="tritonmind", analytics_enabled=False, fill_width=True, fill_height=True) as self.blocks:
             self._build_panel()
             self._build_chat()
-            self._connect_events(num_answers)
+            self._connect_events()
         self.blocks.queue(default_concurrency_limit=None, api_open=False)
 
     def _build_panel(self) -> None:
@@ -92,20 +91,13 @@ class Page:
             )
             self._note = gr.HTML('<div class="tm-note"></div>', container=False, padding=False, elem_id="tm-note")
 
-    def _connect_events(self, num_answers: int) -> None:
+    def _connect_events(self) -> None:
         settings = [self._system, *self._fields]
         updates = [self._chat, self._box, self._note]
-        # One queue for all ways to ask.
-        asking: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "concurrency_limit": num_answers,
-            "concurrency_id": "answers",
-        }
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self._box.submit(self._ask, [self._chat, self._box, *settings], updates, **asking)
-        self._chat.retry(self._retry, [self._chat, *settings], updates, **asking)
-        self._chat.edit(self._edit, [self._chat, *settings], updates, **asking)
+        self._box.submit(self._ask, [self._chat, self._box, *settings], updates, **quiet)
+        self._chat.retry(self._retry, [self._chat, *settings], updates, **quiet)
+        self._chat.edit(self._edit, [self._chat, *settings], updates, **quiet)
         self._chat.undo(self._undo, [self._chat], updates, **quiet)
         self._box.stop(self._stop, None, None, **quiet)
         self._new.click(self._clear, None, updates, **quiet)

@@ -69,9 +69,9 @@ class PageServer(uvicorn.Server):
 
     def __init__(self, source: Source, *, host: str, port: int, num_answers: int, share: bool = False) -> None:
         """num_answers: how many may run at once, over all visitors. share: whether to open a public address."""
-        self.sessions = Sessions(source)
+        self.sessions = Sessions(source, num_answers=num_answers)
         self._share = share
-        page = Page(self.sessions, Watch(source), num_answers=num_answers)
+        page = Page(self.sessions, Watch(source))
         app = FastAPI(openapi_url=None)
         app.add_middleware(_WithHeaders)
         gr.mount_gradio_app(

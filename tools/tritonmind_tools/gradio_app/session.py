@@ -15,6 +15,8 @@ from tritonmind.errors import TritonmindError
 from tritonmind_tools.console_transport import Delta, Message, Source, Status, Transport, finish_reason
 
 STATUS_AGE_S = 2.0
+# Seconds after which an answer that waits for its turn looks whether it is still wanted.
+_WAIT_S = 0.1
 
 
 class Answer:
@@ -54,6 +56,9 @@ class Answer:
         if before is not None:
             before.stop()
             before.wait()
+        while not self._session.places.acquire(timeout=_WAIT_S):
+            if self._is_stopped:
+                return
         try:
             transport = self._session.connect()
             begin = time.monotonic()
@@ -67,13 +72,19 @@ class Answer:
         except Exception as error:
             self.error = TritonmindError(f"internal error: {type(error).__name__}: {error}")
             raise
+        finally:
+            self._session.places.release()
 
 
 class Session:
-    """What one browser talks to. It connects with its first question, and again when the server was lost."""
+    """What one browser talks to. It connects with its first question, and again when the server was lost.
 
-    def __init__(self, source: Source) -> None:
+    places: taken by each running answer of any session; the others wait.
+    """
+
+    def __init__(self, source: Source, places: threading.Semaphore) -> None:
         self.answer: Answer | None = None
+        self.places = places
         self._source = source
         self._transport: Transport | None = None
 
@@ -115,8 +126,10 @@ class Session:
 class Sessions:
     """The sessions of all browsers, by the name that Gradio gives each page. Thread-safe."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, num_answers: int) -> None:
+        """num_answers: how many may run at once, over all of them."""
         self._source = source
+        self._places = threading.Semaphore(num_answers)
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
 
@@ -126,7 +139,7 @@ class Sessions:
     def get(self, name: str) -> Session:
         """The session of a page; a new one for a page that is new, or that was away for a while."""
         with self._lock:
-            return self._sessions.setdefault(name, Session(self._source))
+            return self._sessions.setdefault(name, Session(self._source, self._places))
 
     def drop(self, name: str) -> None:
         """End the session of a page that is gone."""
