@@ -206,7 +206,7 @@ class GrammarCompiler:
             case "json_object" | "json_schema":
                 schema = msgspec.json.decode(guided.spec or '{"type": "object"}')
                 options = schema.get("x-guidance", {"whitespace_pattern": WHITESPACE})
-                # A tokenizer may put a space before its first word, which is not in the text.
+                # Some tokenizers have a space in the token of a first word; answers to messages lose it.
                 start = 'start: " "? json\n' if self._tokenizer.vocabulary.decoding.strip else "start: json\n"
                 rules = f"{start}json: %json {msgspec.json.encode({**schema, 'x-guidance': options}).decode()}"
         return LLMatcher.grammar_from_lark(NO_FORCING + rules)

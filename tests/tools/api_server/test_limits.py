@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from tritonmind_tools.cli import main
 
 CHAT = "/v1/chat/completions"
 LONG_S = 60.0
+PAGE_FILES = ("favicon.png", "swagger-ui-bundle.js", "swagger-ui.css")
 
 
 def asked(url: str, body: dict[str, Any]) -> socket.socket:
@@ -89,8 +91,12 @@ def test_health_says_when_the_model_cannot_answer() -> None:
 
 
 def test_swagger_is_at_the_root_as_in_the_tutorial() -> None:
-    root, docs, description = requests(("GET", "/", {}), ("GET", "/docs", {}), ("GET", "/openapi.json", {}))
+    """Beside a server that has no way to other hosts too, and to one without a key."""
+    paths = ["/", "/docs", "/openapi.json", *(f"/page-files/{name}" for name in PAGE_FILES)]
+    root, docs, description, *files = requests(*(("GET", path, {}) for path in paths), api_keys=("key",))
     assert "swagger-ui" in root.text and root.text == docs.text
+    assert sorted(re.findall('(?:src|href)="(.*?)"', root.text)) == paths[3:]
+    assert all(file.status_code == 200 and len(file.content) > 1000 for file in files)
     assert CHAT in description.json()["paths"]
     responses = description.json()["paths"][CHAT]["post"]["responses"]
     assert "400" in responses and "422" not in responses

@@ -12,6 +12,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 from tritonmind import __version__
 from tritonmind_tools.api_server import chat, completions, interactive, responses
@@ -19,7 +20,7 @@ from tritonmind_tools.api_server.backends import Backend
 from tritonmind_tools.api_server.dialect import AUTO, find_dialect
 from tritonmind_tools.api_server.errors import ApiError, refused, told
 from tritonmind_tools.api_server.handlers import add_error_handlers
-from tritonmind_tools.api_server.limits import Limits
+from tritonmind_tools.api_server.limits import ICON, PAGE_FILES, SCRIPT, STYLE, Limits
 from tritonmind_tools.api_server.prometheus import CONTENT_TYPE
 from tritonmind_tools.api_server.protocol import ChatBody, CompletionBody, EncodeBody, InteractiveBody
 from tritonmind_tools.api_server.replies import Reply
@@ -177,11 +178,19 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
     async def metrics() -> Response:
         return Response(backend.metrics(), media_type=CONTENT_TYPE)
 
+    # That package is needed for its files alone.
+    app.mount(PAGE_FILES, StaticFiles(packages=[("fastapi_offline", "static")]))
     for path in ("/", "/docs"):
 
         @app.get(path, include_in_schema=False)
         async def swagger() -> HTMLResponse:
-            return get_swagger_ui_html(openapi_url="/openapi.json", title=TITLE)
+            return get_swagger_ui_html(
+                openapi_url="/openapi.json",
+                title=TITLE,
+                swagger_js_url=SCRIPT,
+                swagger_css_url=STYLE,
+                swagger_favicon_url=ICON,
+            )
 
 
 def _describe(app: FastAPI) -> None:

@@ -11,8 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tritonmind_tools.api_server.errors import ApiError
 
-# Open to whoever reaches the port: a probe, and the description of the routes.
-OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
+# Open to whoever reaches the port: a probe, the description of the routes, and the page that shows it, with its files.
+PAGE_FILES = "/page-files"
+SCRIPT, STYLE, ICON = (f"{PAGE_FILES}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"))
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", SCRIPT, STYLE, ICON})
 BODY_TIMEOUT_S = 60.0
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import ssl
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from tritonmind_tools.ports import check_port, ensure_port_free
 try:
     import uvicorn
 
+    if find_spec("fastapi_offline") is None:
+        raise ImportError("no fastapi-offline")
     from tritonmind_tools.api_server.app import Settings, create_app
 except ImportError as error:
     raise TritonmindError(
