@@ -95,6 +95,12 @@ def test_each_request_has_the_answer_that_it_gets_alone(
     requests: dict[int, EngineRequest] = {}
     outcomes: dict[int, Outcome] = defaultdict(Outcome)
     aborted = set()
+    # Two that begin together and outgrow the cache.
+    for number, token_id in ((-1, 8), (-2, 9)):
+        requests[number] = msgspec.structs.replace(
+            _request(draw, number), prompt_token_ids=[token_id] * 75, max_tokens=30, stop_token_ids=[], guided=None
+        )
+        core.add(requests[number])
     for number in range(0, 3 * NUM_ARRIVALS, 3):
         for _ in range(draw.randrange(7)):
             _take(outcomes, core.step() if core.has_work else ())
