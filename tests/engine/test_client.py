@@ -237,6 +237,17 @@ def test_the_engine_dies_with_its_parent(workspace: Path) -> None:
         time.sleep(0.05)
 
 
+def test_ctrl_c_while_it_starts_ends_it_without_a_word(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    client = ProcessEngineClient(str(workspace), OVERRIDES)
+    os.kill(client.pid, signal.SIGINT)  # a terminal sends it to both
+    interrupt = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.wait_ready()
+    assert not client.is_alive() and client._process.returncode == -signal.SIGKILL
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("in_process", [True, False])
 def test_what_keeps_an_engine_from_starting_is_named(workspace: Path, tmp_path: Path, in_process: bool) -> None:
     with pytest.raises(TritonmindError, match=str(tmp_path)):

@@ -149,7 +149,11 @@ class EngineClient(ABC):
 
     def wait_ready(self) -> None:
         """Block until the engine is ready; raise what kept it from it. Loading takes as long as it takes."""
-        self._started.wait()
+        try:
+            self._started.wait()
+        except KeyboardInterrupt:
+            self.shutdown(timeout=0.0)
+            raise
         if self._failure is not None:
             self.shutdown(timeout=1.0)
             raise self._failure

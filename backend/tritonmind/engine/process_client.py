@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,11 +133,16 @@ def _start_process(python: str, setup: dict[str, object]) -> subprocess.Popen[by
     # The engine must be the same code as this client, wherever that was imported from.
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        [python, "-m", "tritonmind.engine.core_process"],
-        stdin=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
+    # Inherited: a terminal's Ctrl-C, which is for us, must not end it while it imports, in a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(
+            [python, "-m", "tritonmind.engine.core_process"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin is not None
     process.stdin.write(json.dumps(setup).encode() + b"\n")
     process.stdin.flush()
