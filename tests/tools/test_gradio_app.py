@@ -123,6 +123,14 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         gradio_app.run(words("m"))
 
 
+def test_without_what_a_client_needs_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in ("api_client http://h", "triton_client h:1"):
+        args = build_parser().parse_args(["serve", *command.split()])
+        with pytest.raises(ConfigError, match=r"pip install 'tritonmind\[client\]'"):
+            args.run(args)
+
+
 def test_what_the_model_gets_of_a_chat() -> None:
     def shown(role: str, text: str, **metadata: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text}], "metadata": metadata or None}

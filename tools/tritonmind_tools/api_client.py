@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 from tritonmind_tools import console
-from tritonmind_tools.console_transport import Delta, Message, Status
+from tritonmind_tools.console_transport import Delta, Message, Status, require
 
 if TYPE_CHECKING:
     import httpx
@@ -46,6 +46,7 @@ class ApiServer:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
+        require("httpx", "httpx_sse")
         import httpx
 
         self.url = _checked_url(url)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from tritonmind.errors import ConfigError
 
 Message = dict[str, str]
 
@@ -75,6 +78,13 @@ class Source(Protocol):
     def close(self) -> None:
         """Let go of the model."""
         ...
+
+
+def require(*modules: str) -> None:
+    """Raise ConfigError naming the first of the extra `client` that is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"the package {module} is not installed: pip install 'tritonmind[client]'")
 
 
 def is_too_long(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tritonmind.errors import ConfigError, TritonmindError, UnavailableError
 from tritonmind_tools import console
-from tritonmind_tools.console_transport import Delta, Message, Status
+from tritonmind_tools.console_transport import Delta, Message, Status, require
 
 MODEL_NAME = "tritonmind"
 CONNECT_TIMEOUT_S = 5.0
@@ -50,6 +50,7 @@ class TritonClient:
     """
 
     def __init__(self, address: str, *, model: str = MODEL_NAME) -> None:
+        require("tritonclient", "grpc")
         from tritonclient import grpc
         from tritonclient.utils import InferenceServerException
 
