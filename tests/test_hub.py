@@ -102,5 +102,5 @@ def test_paths_are_never_asked_for(use: Callable[..., None], tmp_path: Path, mon
         monkeypatch.chdir(tmp_path)
         (tmp_path / "org" / "model").mkdir(parents=True)
         for path in ("org/model", "./org/other", "/org/other", "../org/other", "model", "a/b/c", "random:llama2-7b"):
-            assert local_model(path) == (Path(path), None)
+            assert local_model(path) == local_model(Path(path)) == (Path(path), None)
         assert not hub.requests

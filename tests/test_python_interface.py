@@ -59,8 +59,9 @@ def test_one_prompt_has_one_answer_and_a_list_a_list(pipe: Pipeline) -> None:
     assert pipe([], GREEDY) == []
     two = pipe("hi", SamplingParams(n=2, max_tokens=3))
     assert [len(answer.token_ids) for answer in two] == [3, 3]
-    with pytest.raises(InvalidRequestError, match="prompts"):
-        pipe(7)
+    for wrong in (7, ["a", 7], [b"a"]):
+        with pytest.raises(InvalidRequestError, match=r"prompts?="):
+            pipe(wrong)
 
 
 def test_async_is_the_same(pipe: Pipeline) -> None:

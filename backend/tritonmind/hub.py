@@ -7,6 +7,7 @@ and nothing else is there.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -52,15 +53,17 @@ def name_of(path: Path) -> str:
     return full.name if path.is_dir() else full.stem
 
 
-def local_model(path: str, *, allow_pickle: bool = False) -> LocalModel:
-    """Where a model is. What is no path here and reads ORGANISATION/NAME or ORGANISATION/NAME@REVISION comes from the
-    hub: its safetensors, configuration and tokenizer. allow_pickle: where it has no safetensors, its pickle files.
+def local_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> LocalModel:
+    """Where a model is. A text that is no path here and reads ORGANISATION/NAME or ORGANISATION/NAME@REVISION comes
+    from the hub: its safetensors, configuration and tokenizer. allow_pickle: where it has no safetensors, its pickle
+    files.
 
     Raises CheckpointError for a name that the hub does not have, may not give or cannot be asked for.
     """
-    match = None if Path(path).exists() else _HUB_NAME.fullmatch(path)
+    match = _HUB_NAME.fullmatch(path) if isinstance(path, str) and not Path(path).exists() else None
     if match is None:
         return LocalModel(Path(path))
+    path = match[0]
     repository = match["repository"]
     folder = _download(repository, match["revision"], path, PATTERNS)
     if not any(folder.glob("*.safetensors")):

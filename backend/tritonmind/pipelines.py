@@ -13,6 +13,7 @@ True
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -106,7 +107,11 @@ class Pipeline(LLM):
 
 
 def pipeline(
-    model_path: str, *, model_name: str | None = None, chat_template: str | None = None, **overrides: object
+    model_path: str | os.PathLike[str],
+    *,
+    model_name: str | None = None,
+    chat_template: str | None = None,
+    **overrides: object,
 ) -> Pipeline:
     """The Pipeline of a workspace or a checkpoint.
 

@@ -17,6 +17,7 @@ Unlike there: sampling options that are left out are the model's own, errors are
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class TurboMind:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         model_name: str | None = None,
         model_format: str | None = None,
         group_size: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -88,7 +89,7 @@ class LLM:
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         in_process: bool = False,
         model_name: str | None = None,
@@ -206,6 +207,8 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode_prompt(prompt)
+        if isinstance(prompt, (bytes, dict)) or not hasattr(prompt, "__len__"):
+            raise InvalidRequestError("prompt", prompt, "must be a text, token ids or messages")
         if not _is_chat(prompt):
             return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
         if self.chat_template is None:
