@@ -145,6 +145,7 @@ class EmbeddedServer:
         process, self._process = self._process, None
         try:
             if process is not None and process.poll() is None:
+                self._drain_file.parent.mkdir(exist_ok=True)  # cleaners of /tmp may have taken it meanwhile
                 self._drain_file.touch()
                 process.terminate()
                 process.wait(timeout)
