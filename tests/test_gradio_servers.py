@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -42,8 +43,11 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Id 0 does not come of this model, so that an answer is as long as it may be.
-    return make_workspace(tmp_path_factory.mktemp("page"), eos_token_id=0, max_position_embeddings=30_000)
+    workspace = make_workspace(tmp_path_factory.mktemp("page"), eos_token_id=0, max_position_embeddings=30_000)
+    # Id 0 alone, not the tokenizer's too: it does not come of this model, so an answer is as long as it may be.
+    path = workspace / "triton_models" / "weights" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_ids": [0]}))
+    return workspace
 
 
 @contextmanager
