@@ -1,10 +1,11 @@
 """`pipeline(path)`: a model in a process of its own, asked by calling it.
 
 >>> from tritonmind import SamplingParams, pipeline
+>>> short = SamplingParams(temperature=0, max_tokens=16)
 >>> with pipeline(MODEL) as pipe:
-...     answer = pipe("What is the capital of France?", SamplingParams(temperature=0, max_tokens=16))
-...     talk = pipe.chat("Name one river.", gen_config=SamplingParams(temperature=0, max_tokens=16))
-...     talk = pipe.chat("Where is it?", talk)
+...     answer = pipe("What is the capital of France?", short)
+...     talk = pipe.chat("Name one river.", gen_config=short)
+...     talk = pipe.chat("Where is it?", talk, gen_config=short)
 >>> "Paris" in answer.text
 True
 >>> [message["role"] for message in talk.messages]
