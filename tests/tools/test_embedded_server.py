@@ -103,9 +103,9 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def ends(pid: int) -> bool:
+def ends(pid: int, timeout: float = 5) -> bool:
     """Whether a process that was told to end does so soon: a signal takes a moment where the machine is busy."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + timeout
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not is_running(pid)
@@ -171,10 +171,7 @@ def test_server_dies_with_a_killed_parent(workspace: Path, echo: Path, tmp_path:
         assert is_running(pid)
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 10
-        while is_running(pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not is_running(pid)
+        assert ends(pid, timeout=10)
     finally:
         parent.stdout.close()
         with contextlib.suppress(ProcessLookupError):

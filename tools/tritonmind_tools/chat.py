@@ -187,14 +187,19 @@ def register(subparsers: Any) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for each of OVERRIDES."""
     parser.add_argument("--model-name", metavar="NAME", help="of a checkpoint: its name, as `convert` takes it")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
+    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
+    parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
+
+
+def add_checkpoint_arguments(parser: Any) -> None:
+    """--chat-template and --allow-pickle, for a checkpoint that is served as it stands."""
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
         help="of a checkpoint: chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints",
     )
-    parser.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to compute in; of a checkpoint also its weights' type")
-    parser.add_argument("--device", choices=DEVICES, help="where to compute (default: a GPU if there is one)")
     parser.add_argument(
         "--allow-pickle", action="store_true", default=None, help="of a checkpoint: weights may be in pickle files"
     )

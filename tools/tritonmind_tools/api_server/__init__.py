@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tritonmind_tools.api_server.dialect import AUTO, REASONING_PARSERS, TOOL_PARSERS
+from tritonmind_tools.chat import add_checkpoint_arguments
 
 DEFAULT_PORT = 23333  # LMDeploy's
 DEFAULT_ADDRESS = "127.0.0.1"
@@ -60,14 +61,7 @@ def _add_engine(group: Any) -> None:
     group.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="type to compute in")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
     group.add_argument("--cache-max-entry-count", type=float, metavar="X", help="the KV cache's share of free memory")
-    group.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="of a checkpoint: chat template in Jinja or LMDeploy's JSON, or a name that `tritonmind list` prints",
-    )
-    group.add_argument(
-        "--allow-pickle", action="store_true", default=None, help="of a checkpoint: weights may be in pickle files"
-    )
+    add_checkpoint_arguments(group)
     group.add_argument(
         "--engine-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over config.ini's"
     )

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.options import add_layers_shape
 from tritonmind_tools.bench.report import Report, add_output_options, positive_numbers, prompt_sizes
-from tritonmind_tools.bench.shapes import SHAPES, known_shape
+from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from tritonmind_tools.bench.kernel_case import Case, Kernel, Point, Setting
-
-DEFAULT_SHAPE = "llama2-7b"
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "kernels", help="each kernel alone, against the roofline", description=__doc__
     )
-    parser.add_argument(
-        "--shape", type=known_shape, choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s"
-    )
+    add_layers_shape(parser)
     parser.add_argument(
         "--batch-sizes", default="1,8,64,256", metavar="N,...", help="of decode steps (default %(default)s)"
     )

@@ -12,6 +12,7 @@ from tritonmind.errors import ConfigError
 from tritonmind.random_model import AUTO, INT4, PREFIX, SHAPES, known_shape
 from tritonmind_tools.bench.workloads import holds_texts
 
+DEFAULT_SHAPE = "llama2-7b"
 DTYPES = (AUTO, "fp32", "bf16", "fp16")
 
 
@@ -23,6 +24,13 @@ def add_model_options(parser: argparse.ArgumentParser, what: str = "workspace, o
         type=known_shape,
         choices=sorted(SHAPES),
         help="random weights of this shape instead, without any files",
+    )
+
+
+def add_layers_shape(parser: argparse.ArgumentParser) -> None:
+    """--shape of a model whose kernels are measured one by one."""
+    parser.add_argument(
+        "--shape", type=known_shape, choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s"
     )
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritonmind.errors import ConfigError
+from tritonmind_tools.bench.options import add_layers_shape
 from tritonmind_tools.bench.report import PRECISIONS, Progress, Report, add_output_options, print_table
-from tritonmind_tools.bench.shapes import SHAPES, known_shape
+from tritonmind_tools.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from tritonmind.kernels.tile_table import Card, Tile
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     Jobs = list[tuple[Task, Tile]]
 
-DEFAULT_SHAPE = "llama2-7b"
 MAX_PROCESSES = 16
 WHOLE_PRODUCTS = {"output"}  # nothing follows that takes partial sums
 MARGIN = 0.01  # by which a tile must beat the library, whose products need no compilation
@@ -47,9 +47,7 @@ def register(kinds: Any) -> None:
     parser: argparse.ArgumentParser = kinds.add_parser(
         "tune", help="find the fastest tiles on this card", description=__doc__
     )
-    parser.add_argument(
-        "--shape", type=known_shape, choices=sorted(SHAPES), default=DEFAULT_SHAPE, help="default %(default)s"
-    )
+    add_layers_shape(parser)
     parser.add_argument("--kernel", metavar="NAME,...", help="some of the kernels that have tiles (default: all)")
     parser.add_argument("--max-rows", type=int, metavar="N", help="steps for up to so many rows (default: all)")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="default %(default)s")
