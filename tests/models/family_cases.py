@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import LLAMA3_ROPE, make_tokenizer
 from tests.models.reference_decoder import reference_logits
@@ -136,7 +136,9 @@ def make(name: str, path: Path, *, seed: int = 5, dtype: torch.dtype = torch.flo
         save_file(weights, path / "model.safetensors")
         whole = {key: value.float() for key, value in weights.items()}
         return lambda token_ids: reference_logits(config, whole, token_ids)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    # Older releases of Transformers do not know InternLM3, which without biases is a Llama.
+    known = config if config["model_type"] in CONFIG_MAPPING else {**config, "model_type": "llama"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known)).eval()
     tied = config["tie_word_embeddings"]
     shapes = {key: value.shape for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
     weights = _drawn(shapes, seed, dtype)

@@ -349,10 +349,13 @@ class ModelRunner:
         graphs = StepGraphs(
             GraphSet(self._decode_greedily), GraphSet(self._decode), GraphSet(draw), GraphSet(self._prefill)
         )
+        free = free_bytes(self.device)
         seconds = graphs.capture(self._buckets, self._token_buckets, self._graph_pool)
         self._graphs = graphs
-        num_tokens, num_rows = len(self._token_buckets), len(self._buckets)
-        logger.info("%d sizes of steps with prompts, %d without, captured in %.1f s", num_tokens, num_rows, seconds)
+        logger.info(
+            "%d sizes of steps with prompts, %d without, captured in %.1f s; they take %.0f MiB",
+            len(self._token_buckets), len(self._buckets), seconds, (free - free_bytes(self.device)) / 2**20,
+        )  # fmt: skip
 
 
 def _spread(num_tokens: int, max_seqs: int) -> list[int]:
