@@ -209,7 +209,7 @@ def test_large_scores_do_not_overflow(target: Target) -> None:
     out, expected = paged_decode_attention(q, *pages, softmax_scale=1.0), reference_of(q, pages, 1.0)
     if target.dtype == torch.float32:
         torch.testing.assert_close(
-            out.double(), expected.double(), rtol=0, atol=1e-3 * float(expected.square().mean().sqrt())
+            out.double().cpu(), expected.double(), rtol=0, atol=1e-3 * float(expected.square().mean().sqrt())
         )
     else:
         assert_close(out, expected, target.dtype)
