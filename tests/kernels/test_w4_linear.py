@@ -10,7 +10,7 @@ import torch
 from tests.kernels.kernel_cases import CPU_TARGETS, Target
 from tests.kernels.w4_cases import Weight, emulated_ptx, random_awq, random_weight
 from tests.tolerances import assert_close
-from tritonmind.kernels import reference, w4_gate_up, w4_linear
+from tritonmind.kernels import gluon_w4_linear, reference, w4_gate_up, w4_linear
 from tritonmind.kernels.awq_format import dequantize
 from tritonmind.kernels.dispatch import force_triton
 from tritonmind.kernels.linear import MIN_ADDED_ROWS
@@ -47,6 +47,7 @@ GROUP_CASES = [
     ((700, 4096, 992, 32), Tile(128, 128, warp_groups=2, num_stages=4)),
     ((257, 2056, 256, 128), Tile(256, 64, warp_groups=2, num_stages=2)),
     ((1, 104, 320, 64), Tile(64, 64, warp_groups=3, splits=2, num_stages=4)),
+    ((130, 128, 64, 32), Tile(128, 64, warp_groups=2, splits=2, num_stages=4)),
 ]
 
 
@@ -143,6 +144,17 @@ def test_warp_groups(size: tuple[int, int, int, int], tile: Tile, gpu_target: Ta
     y = w4_linear(x, weight.packed, tile=tile, add_to=add_to)
     assert (y is add_to) == is_added
     assert_close(y, expected, gpu_target.dtype)
+
+
+@pytest.mark.parametrize(("k", "splits"), [(96, 1), (160, 2), (640, 3)])
+def test_every_split_has_something_to_multiply(k: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warp group waits for the first block of its split: without one, for ever."""
+    monkeypatch.setattr(gluon_w4_linear, "multiply", lambda x, weight, bias, out, tile: out)
+    target = CPU_TARGETS["interpreter-fp16"]
+    x, weight = target.randn(130, k), random_weight(128, k, 32, target)
+    with force_triton():
+        out = w4_linear(x, weight.packed, tile=GROUP_CASES[0][1], partial_sums=True)
+    assert out.shape == ((splits, 130, 128) if splits > 1 else (130, 128))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 600])
