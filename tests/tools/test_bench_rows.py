@@ -15,7 +15,7 @@ from tritonmind.errors import ConfigError, UnavailableError
 from tritonmind.messages import TokenOutput
 from tritonmind_tools.bench import grid
 from tritonmind_tools.bench.grid import Facts, Workload, make_row
-from tritonmind_tools.bench.plot import newest_rows
+from tritonmind_tools.bench.plot import _figure, _offered_load, newest_rows
 from tritonmind_tools.bench.recorded import OUR_ENGINE, last_recorded, ratios, read_results
 from tritonmind_tools.bench.roofline import decode_bytes, prefill_flops, step_bytes
 from tritonmind_tools.bench.rounds import Round, random_prompts, run_round
@@ -204,6 +204,16 @@ def test_the_newest_of_equal_rows_is_drawn() -> None:
     new = results("A", "2026-01-02T00:00:00+00:00", row("x", 3.0))
     for order in ([old, new], [new, old]):
         assert {drawn["workload"]: drawn["value"] for drawn in newest_rows(order)} == {"x": 3.0, "y": 2.0}
+
+
+def test_a_line_of_offered_load_is_of_one_run() -> None:
+    times = {"time_to_first_token_p50": 0.1, "time_to_first_token_p99": 0.5}
+    runs = [
+        results("A", f"2026-01-0{day}T00:00:00+00:00", *(row(f"mix_rate{rate}", 1.0, **times) for rate in rates))
+        for day, rates in ((1, (1, 3)), (2, (2, 4)))
+    ]
+    drawn = _offered_load(newest_rows(runs[::-1]), _figure())
+    assert [found["workload"] for found in drawn] == ["mix_rate2", "mix_rate4"]
 
 
 def test_lengths_of_a_spreadsheet(tmp_path: Path) -> None:

@@ -91,14 +91,14 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
 
 
 def newest_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Every row once, in the order of the results, with the figures of the newest, their card and their commit."""
+    """Every row once, in the order of the results, with the figures of the newest, their card, commit and date."""
     rows: dict[tuple[str, ...], tuple[datetime, Row]] = {}
     for result in results:
         date = datetime.fromisoformat(result["date"])
         for row in result["rows"]:
             key = (result["card"], *row_key(row))
             if key not in rows or rows[key][0] <= date:
-                facts = {name: result[name] for name in ("card", "commit") if name in result}
+                facts = {name: result[name] for name in ("card", "commit", "date") if name in result}
                 rows[key] = date, {**row, **facts}
     return [row for _, row in rows.values()]
 
@@ -195,22 +195,46 @@ def _roofline(rows: list[Row], figure: Any) -> list[Row]:
     ]
     if not shown:
         return []
-    models = list(dict.fromkeys((_model(row), _engine(row)) for row in shown))
-    figure.set_size_inches(SIZE[0], 1.4 + 0.32 * len(shown))
-    axes = _axes(figure, "Share of the roofline", "% of the rate that the card could reach", "")
-    axes.grid(False, axis="y")
-    for (model, engine), colour in zip(models, _colours(len(models)), strict=True):
-        numbers = [number for number, row in enumerate(shown) if (_model(row), _engine(row)) == (model, engine)]
-        shares = [100 * shown[number]["roofline_fraction"] for number in numbers]
-        bars = axes.barh(numbers, shares, height=0.7, color=colour, label=f"{model}, {engine}")
-        labels = [f"{_figures(shown[number]['value'])} {shown[number]['unit']}" for number in numbers]
-        axes.bar_label(bars, labels, padding=4, size=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-    axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
-    axes.set_yticks(range(len(shown)), [row["workload"] for row in shown], size=8)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlim(0, max(125.0, *(115 * row["roofline_fraction"] for row in shown)))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=8)
+    panels: dict[str, list[Row]] = {}
+    for row in shown:
+        panels.setdefault(_model(row), []).append(row)
+    engines = list(dict.fromkeys(_engine(row) for row in shown))
+    heights = {model: float(len(panel)) for model, panel in panels.items()}
+    all_axes = _by_model(figure, "Share of the roofline", heights, "% of the rate that the card could reach")
+    for axes, panel in zip(all_axes, panels.values(), strict=True):
+        for engine, colour in zip(engines, _colours(len(engines)), strict=True):
+            numbers = [number for number, row in enumerate(panel) if _engine(row) == engine]
+            shares = [100 * panel[number]["roofline_fraction"] for number in numbers]
+            bars = axes.barh(numbers, shares, height=0.8, color=colour, label=engine if numbers else None)
+            labels = [f"{_figures(panel[number]['value'])} {panel[number]['unit']}" for number in numbers]
+            axes.bar_label(
+                bars, labels, padding=4, size=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            )
+        axes.axvline(100, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        axes.set_yticks(range(len(panel)), [row["workload"] for row in panel], size=7)
+        axes.set_ylim(len(panel) - 0.4, -0.6)
+        axes.set_xlim(0, max(135.0, *(125 * row["roofline_fraction"] for row in shown)))
+    _legend(figure, len(engines))
     return shown
+
+
+def _by_model(figure: Any, title: str, heights: Mapping[str, float], x_label: str) -> list[Any]:
+    """Axes for each model, in two columns, all with room for as many bars as the highest has."""
+    columns = min(2, len(heights))
+    lines = -(-len(heights) // columns)
+    figure.set_size_inches(SIZE[0] * (1 + 0.5 * (columns - 1)), 1.0 + lines * (0.6 + 0.17 * max(heights.values())))
+    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold")
+    found = [_axes(figure, model, x_label, "", (lines, columns, number)) for number, model in enumerate(heights, 1)]
+    for axes in found:
+        axes.grid(False, axis="y")
+    return found
+
+
+def _legend(figure: Any, columns: int) -> None:
+    """One for all axes."""
+    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for found in legends for handle, label in zip(*found, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper right", ncols=columns, frameon=False, fontsize=8)
 
 
 def _engines(rows: list[Row], figure: Any) -> list[Row]:
@@ -227,18 +251,11 @@ def _engines(rows: list[Row], figure: Any) -> list[Row]:
     panels: dict[str, dict[str, dict[str, Row]]] = {}
     for (workload, model, _), group in shown.items():
         panels.setdefault(model, {})[workload] = group
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    tallest = max(sum(len(group) + 1 for group in panel.values()) for panel in panels.values())
-    figure.set_size_inches(SIZE[0] * (1 + 0.5 * (columns - 1)), 1.0 + lines * (0.6 + 0.17 * tallest))
-    for number, (model, panel) in enumerate(panels.items(), start=1):
-        axes = _axes(figure, model, "rate / tritonmind's", "", (lines, columns, number))
-        axes.grid(False, axis="y")
+    heights = {model: float(sum(len(group) + 1 for group in panel.values())) for model, panel in panels.items()}
+    all_axes = _by_model(figure, "Beside other engines", heights, "rate / tritonmind's")
+    for axes, panel in zip(all_axes, panels.values(), strict=True):
         _engine_bars(axes, panel, colours)
-    figure.suptitle("Beside other engines", x=0.01, ha="left", size=12, weight="bold")
-    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {label: handle for found in legends for handle, label in zip(*found, strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper right", ncols=len(engines), frameon=False, fontsize=8)
+    _legend(figure, len(engines))
     return [group[OUR_ENGINE] for group in shown.values()]
 
 
@@ -271,7 +288,10 @@ def _engine(row: Row) -> str:
 def _offered_load(rows: list[Row], figure: Any) -> list[Row]:
     offered = [(row, match) for row in rows if (match := _RATE_ROW.fullmatch(row["workload"]))]
     loads = {id(row): (f"{_model(row)}, {match[1]}", float(match[2])) for row, match in offered}
-    lines = _series([row for row, _ in offered], lambda row: loads[id(row)][0], lambda row: loads[id(row)][1])
+    # A line is of one run: what stood beside it was the same.
+    last = {loads[id(row)][0]: row["date"] for row, _ in sorted(offered, key=lambda found: found[0]["date"])}
+    newest = [row for row, _ in offered if row["date"] == last[loads[id(row)][0]]]
+    lines = _series(newest, lambda row: loads[id(row)][0], lambda row: loads[id(row)][1])
     if not lines:
         return []
     figure.set_size_inches(SIZE[0], 1.6 * SIZE[1])
@@ -291,7 +311,7 @@ def _offered_load(rows: list[Row], figure: Any) -> list[Row]:
     waited.set_xlim(left=0)
     waited.set_yscale("log")
     waited.yaxis.set_major_formatter("{x:g}")
-    waited.yaxis.set_minor_formatter("{x:g}")
+    waited.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "235" else "")
     for axes in (served, waited):
         axes.legend(frameon=False, fontsize=8)
     return _points(lines)
