@@ -1,7 +1,7 @@
 """Few tokens of prompts beside many decodes wait a few steps for others, where a step with prompts has its own price.
 
-It has with 4-bit weights, which such a step writes out in 16 bits, and without graphs, where the host takes long to
-launch it. After MAX_HELD_STEPS steps without prompts one has some.
+It has with 4-bit weights, all of which such a step unpacks for rows that hardly fill a tile, and without graphs, where
+the host takes long to launch it. After MAX_HELD_STEPS steps without prompts one has some.
 """
 
 from __future__ import annotations
