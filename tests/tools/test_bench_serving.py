@@ -202,7 +202,7 @@ def test_answers_of_a_single_message_have_no_time_between_tokens() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("given", "front_end"), [(True, "triton"), (False, "triton"), (False, "api_server")])
+@pytest.mark.parametrize(("given", "front_end"), [(True, "triton"), (False, "api_server")])
 def test_self_host_compares_the_server_with_the_bare_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool, front_end: str
 ) -> None:
