@@ -186,6 +186,12 @@ def test_what_the_engine_does_before_a_draw_is_resolved() -> None:
     assert (request.min_tokens, request.num_logprobs) == (3, 5)
 
 
+def test_bad_words_of_tokens_that_the_model_lacks_are_nobodys() -> None:
+    """Of a [PAD] that only the tokenizer has: a ban of its id would write beside the row's logits."""
+    runs = [[100], [99], [5, 100], [100, 5], [6, 7]]
+    assert resolved(SamplingParams(bad_words=("[PAD]",)), encode_word=lambda word: runs).bad_words == [[99], [6, 7]]
+
+
 @pytest.mark.parametrize(
     ("params", "name"),
     [(SamplingParams(logit_bias={100: 1.0}), "logit_bias"), (SamplingParams(num_logprobs=11), "num_logprobs")],

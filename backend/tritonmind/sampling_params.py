@@ -238,7 +238,8 @@ def resolve(
         stop_token_ids=sorted(stop_token_ids),
         min_tokens=min(params.min_tokens, max_tokens),
         logit_bias=list(params.logit_bias.items()),
-        bad_words=[run for word in params.bad_words for run in encode_word(word)],
+        # A tokenizer may have tokens that the model has not: no answer holds them, and they have no logit to forbid.
+        bad_words=[run for word in params.bad_words for run in encode_word(word) if max(run) < vocab_size],
         num_prompt_logprobs=params.num_prompt_logprobs,
         num_logprobs=params.num_logprobs,
         guided=params.guided,
