@@ -238,6 +238,16 @@ def test_warp_groups_of_a_4_bit_weight(kernel: str, change: dict[str, int], comp
         tuning.parse({**content, "kernels": {kernel: [{**entry, **change}]}}, "c")
 
 
+def test_prefill_attention_has_room_for_two_tiles() -> None:
+    """Its kernel for Hopper gives a tile of V back when it has the next one."""
+    entry = {**SIZES["prefill_attention"], "max_rows": 4096, "block_m": 128, "block_n": 64, "num_warps": 8}
+    content = {"card": "c", "triton": "t", "kernels": {"prefill_attention": [{**entry, "num_stages": 2}]}}
+    assert tuning.parse(content, "c")["prefill_attention"]
+    content["kernels"] = {"prefill_attention": [{**entry, "num_stages": 1}]}
+    with pytest.raises(ValueError, match=r"prefill_attention\[0\]: num_stages=1 must be a whole number of at least 2"):
+        tuning.parse(content, "c")
+
+
 @pytest.mark.parametrize("n", [4096, 4100, 4096 * 64])
 def test_the_library_multiplies_what_fills_the_card_or_fits_no_tile(n: int) -> None:
     assert linear(1, n=n).library == (n != 4096)

@@ -250,6 +250,8 @@ _W4_FIELDS = ("block_m", "block_n", "slices", "prefetch", "num_warps", "num_stag
 _W4_GROUP_FIELDS = ("block_m", "block_n", "warp_groups", "num_stages")
 _INT8_FIELDS = tuple(name for name in _W4_FIELDS if name != "slices")
 _W4_MINIMA = {"block_n": w4_layout.BLOCK_ROWS}
+# gluon_prefill_attention.py gives a tile of V back when it has the next one: with room for one it waits for ever.
+_PREFILL_MINIMA = {"num_stages": 2}
 KERNELS = {
     "linear": Kernel(("n", "k"), (*_PRODUCT_FIELDS, "splits"), ("library",), _linear),
     "gate_up": Kernel(("n", "k"), _PRODUCT_FIELDS, ("library", "many_rows"), _gate_up),
@@ -262,6 +264,6 @@ KERNELS = {
         _ATTENTION_SIZES, ("block_n", "num_warps", "num_stages", "programs_per_sm"), (), _decode_attention
     ),
     "prefill_attention": Kernel(
-        _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), (), _prefill_attention
+        _ATTENTION_SIZES, ("block_m", "block_n", "num_warps", "num_stages"), (), _prefill_attention, _PREFILL_MINIMA
     ),
 }
