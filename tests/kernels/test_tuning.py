@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tritonmind.kernels import tuning
+from tritonmind.kernels import tuning, w4_variants
+from tritonmind.kernels.linear import MIN_ADDED_ROWS
 from tritonmind.kernels.tile_candidates import SEARCHES, candidates
 from tritonmind.kernels.tile_table import KERNELS, LIBRARY, UNLIMITED, Card, Tile
 
@@ -176,6 +177,20 @@ def test_variants_are_what_dispatch_picks(
     for rows, tile in listed:
         assert 1 <= rows <= max_rows and tuning.tile(kernel, DEVICE, rows=rows, **sizes) == tile
     assert [rows for rows, _ in listed] == sorted((rows for rows, _ in listed), reverse=True)
+
+
+@pytest.mark.parametrize("max_rows", [16, MIN_ADDED_ROWS - 1, MIN_ADDED_ROWS, 1024])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (5120, 13824), (2560, 9728)])
+def test_a_warm_up_meets_products_that_add_and_those_that_do_not(n: int, k: int, max_rows: int) -> None:
+    """What a product of many rows is for is added to by another variant of a tile that fewer rows may have too."""
+
+    def variants(numbers: Iterable[int]) -> set[tuple[Tile, bool]]:
+        found = [(rows, tuning.tile("w4_linear", DEVICE, rows=rows, n=n, k=k, group_size=128)) for rows in numbers]
+        return {(tile, tile.warp_groups > 0 and rows >= MIN_ADDED_ROWS) for rows, tile in found}
+
+    listed = w4_variants("w4_linear", n, k, 128, max_rows, DEVICE)
+    assert min(listed) >= 1 and max(listed) == max_rows
+    assert variants(listed) == variants(range(1, max_rows + 1))
 
 
 def test_a_tile_that_returns_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

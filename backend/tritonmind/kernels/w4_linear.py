@@ -111,9 +111,12 @@ def w4_variants(kernel: str, n: int, k: int, group_size: int, max_rows: int, dev
     GPU, a number of rows: a warm-up's list.
     """
     sizes = {"n": n, "k": k, "group_size": group_size}
-    found = [rows for rows, _ in tuning.variants(kernel, device, max_rows=max_rows, **sizes)]
+    # A tile of warp groups has one variant for rows that are added to what they are for, and one for fewer.
+    limits = {max_rows, min(max_rows, MIN_ADDED_ROWS - 1)}
+    found = {rows for limit in limits for rows, _ in tuning.variants(kernel, device, max_rows=limit, **sizes)}
     handed_over = product_variants(kernel.removeprefix("w4_"), n, k, max_rows, device)
-    return found + [rows for rows in handed_over if tuning.tile(kernel, device, rows=rows, **sizes).is_whole]
+    found.update(rows for rows in handed_over if tuning.tile(kernel, device, rows=rows, **sizes).is_whole)
+    return sorted(found, reverse=True)
 
 
 def w4_scratch_elements(kernel: str, n: int, k: int, group_size: int, max_rows: int, device: torch.device) -> int:
