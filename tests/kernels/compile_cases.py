@@ -62,8 +62,9 @@ SIZES = {
         (128, 4, 64, 1),
         (64, 3, 16, 2),
         (96, 1, 16, 1),
+        (8, 2, 64, 2),
     ],
-    "prefill_attention": [(128, 4, 64, 2), (64, 3, 16, 2)],
+    "prefill_attention": [(128, 4, 64, 2), (64, 3, 16, 2), (8, 2, 64, 2)],
 }
 LAYER_SCALES = LayerScales(0.1, 0.2, 0.3, 0.4)
 # What no rule asks for, but a file may.

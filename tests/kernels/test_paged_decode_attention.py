@@ -7,8 +7,8 @@ from tests.kernels.kernel_cases import Pages, Target, make_pages
 from tests.tolerances import assert_close
 from tritonmind.kernels import DecodePlan, paged_decode_attention, plan_decode, reference
 
-# (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4, 7 and 20 heads, head_dims that are no power of two.
-HEADS = [(2, 2, 64), (9, 3, 64), (4, 1, 80), (7, 1, 96), (8, 2, 128), (20, 1, 64)]
+# (num_heads, num_kv_heads, head_dim): groups of 1 to 20 heads, head_dims that are no power of two, and a small one.
+HEADS = [(2, 2, 64), (9, 3, 64), (4, 1, 80), (7, 1, 96), (8, 2, 128), (20, 1, 64), (4, 2, 8)]
 LARGE_HEADS = [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (40, 40, 80), (24, 1, 96)]
 # No context, one token, a partial first page, an exact page, a partial last page.
 CONTEXT_LENS = [0, 1, 7, 32, 75]

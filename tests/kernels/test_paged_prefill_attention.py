@@ -7,8 +7,8 @@ from tests.kernels.kernel_cases import Target, make_pages
 from tests.tolerances import assert_close
 from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, reference
 
-# (num_heads, num_kv_heads, head_dim): groups of 1, 3, 4 and 7 heads, head_dims that are no power of two.
-HEADS = [(2, 2, 64), (3, 1, 64), (4, 1, 80), (7, 1, 96), (4, 1, 128)]
+# (num_heads, num_kv_heads, head_dim): groups of 1 to 7 heads, head_dims that are no power of two, and a small one.
+HEADS = [(2, 2, 64), (3, 1, 64), (4, 1, 80), (7, 1, 96), (4, 1, 128), (4, 2, 8)]
 LARGE_HEADS = [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (40, 40, 80), (24, 1, 96)]
 
 

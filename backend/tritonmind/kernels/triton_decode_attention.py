@@ -15,6 +15,7 @@ import triton.language as tl
 
 from tritonmind.kernels import pdl
 from tritonmind.kernels.decode_plan import DecodePlan, decode_itemsize
+from tritonmind.kernels.dispatch import MIN_TILE
 from tritonmind.kernels.kv_quant import KVScales
 from tritonmind.kernels.tile_table import MIN_ROWS
 from tritonmind.kernels.triton_decode_int8 import launch_int8
@@ -114,7 +115,7 @@ def paged_decode_attention(
     group = num_heads // num_kv_heads
     itemsize = decode_itemsize(q.dtype, int8_kv=scales is not None)
     tile = decode_tile(num_seqs, group, head_dim, block_size, itemsize, q.device)
-    block_d, block_group = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    block_d, block_group = max(MIN_TILE, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     add_up = adds_up_inside(num_seqs, group, len(plan.pieces) - num_seqs)
     use_pdl = pdl.use_pdl(q.device)
     settings = {

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tritonmind.kernels import pdl, tuning
+from tritonmind.kernels.dispatch import MIN_TILE
 from tritonmind.kernels.tile_table import LONG_RUN_BLOCK_M, MIN_LONG_RUN, takes_long_runs
 
 
@@ -208,8 +209,9 @@ def paged_prefill_attention(
     _prefill_kernel[(num_heads, num_tokens // tile.block_m + num_seqs)](
         q, k_cache, v_cache, block_tables, block_tables.stride(0), cu_seqlens_q, context_lens, num_seqs, out,
         softmax_scale * math.log2(math.e),
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size, BLOCK_M=tile.block_m, BLOCK_N=min(tile.block_n, block_size), WINDOW=window,
-        PDL=use_pdl, num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=use_pdl,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_D=max(MIN_TILE, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, BLOCK_M=tile.block_m,
+        BLOCK_N=min(tile.block_n, block_size), WINDOW=window, PDL=use_pdl, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, launch_pdl=use_pdl,
     )  # fmt: skip
     return out
