@@ -294,7 +294,7 @@ class ModelRunner:
             int8_kv=self.config.cache.quant_policy is not QuantPolicy.NONE,
         )  # fmt: skip
         for query_len in attention.max_query_lens:
-            self._run_padding(0, [query_len])
+            self._run_padding(0, [min(query_len, self.model.window or query_len)])
         if self.model.window:
             # Those before are not longer than the window, and have another kernel.
             for query_len in attention.max_query_lens:
