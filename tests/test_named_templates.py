@@ -173,7 +173,7 @@ def test_template_files(internlm: Path, tmp_path: Path) -> None:
     choice = choose_template(internlm, model_name="x", given=str(own))
     assert ChatTemplate(str(choice.source), {}, where="").render(FIRST + SECOND) == "U:Q 1'\nB:A|U:Q 2'\nB:"
     assert choice.stop_token_ids == (2, Tokenizer.from_dir(internlm).vocabulary.token_id("<eoa>"))
-    over.write_text(json.dumps({"model_name": "yi", "meta_instruction": "Rhyme.", "system": None}))
+    over.write_text(json.dumps({"model_name": "Yi", "meta_instruction": "Rhyme.", "system": None}))
     source = str(choose_template(internlm, model_name="x", given=str(over)).source)
     assert ChatTemplate(source, {}, where="").render(FIRST) == (
         "<|im_start|>system\nRhyme.<|im_end|>\n<|im_start|>user\nQ 1<|im_end|>\n<|im_start|>assistant\n"
@@ -224,7 +224,7 @@ def test_list_prints_names_and_prompts(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     for name, known in NAMED_TEMPLATES.items():
         assert any(line.split() == [name, *known.purpose.split()] for line in printed.splitlines())
-    assert main(["list", "yi"]) == 0
+    assert main(["list", "YI"]) == 0
     assert "<|im_start|>user\nQUESTION 2<|im_end|>\n<|im_start|>assistant\n" in capsys.readouterr().out
     assert main(["list", "base"]) == 0 and "continues texts" in capsys.readouterr().out
     assert main(["list", "nothing"]) == 1 and "'nothing' is not a chat template" in capsys.readouterr().err

@@ -183,7 +183,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.block_size <= 0 or self.block_size & (self.block_size - 1):
-            raise ConfigError(f"cache_block_seq_len={self.block_size} must be a power of two (64 or 128 on a GPU)")
+            raise ConfigError(f"cache_block_seq_len={self.block_size} must be a power of two, such as 64")
         if not (math.isfinite(self.cache_max_entry_count) and self.cache_max_entry_count > 0):
             raise ConfigError(
                 f"cache_max_entry_count={self.cache_max_entry_count} must be positive and finite: "

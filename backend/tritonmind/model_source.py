@@ -90,7 +90,7 @@ def open_model(
         if chat_template is not None:
             raise ConfigError(
                 f"{given} is a workspace, which has the chat template that `tritonmind convert` gave it: "
-                "convert again, edit triton_models/tokenizer/chat_template.jinja in it, or open the checkpoint"
+                "convert again, put a chat_template.jinja into triton_models/tokenizer in it, or open the checkpoint"
             )
         workspace = Workspace.open(given)
         name = workspace.model.model_name

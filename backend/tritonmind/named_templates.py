@@ -1,6 +1,6 @@
 """The chat templates that have a name: those of LMDeploy 0.1, for checkpoints that bring none of their own.
 
-docs/templates.md prints them and lists what was wrong in LMDeploy's and is not so here.
+`tritonmind list NAME` prints one; docs/templates.md lists what was wrong in LMDeploy's and is not so here.
 """
 
 from __future__ import annotations

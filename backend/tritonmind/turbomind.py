@@ -72,8 +72,10 @@ class TurboMind:
     ) -> TurboMind:
         """Start an engine on a workspace or a checkpoint.
 
-        model_name: picks the chat template of a checkpoint that has none. model_format (hf, awq or gptq), group_size:
-        what the model must be, where given. tp: ranks, over config.ini's. kwargs: as `pipeline`'s overrides.
+        model_name: picks the chat template of a checkpoint that has none. model_format: hf for a model that is not in 4
+        bits, awq or gptq, which are not told apart, for one that is; group_size: of its weights; both must be true of
+        it where given. tp: ranks, as many as the weights are split for, 1 in this version. kwargs: as
+        `pipeline`'s overrides.
         Raises TritonmindError with the cause when the engine cannot start.
         """
         if tp is not None:

@@ -95,7 +95,7 @@ def turn_template_from_json(path: Path, known: Mapping[str, TurnTemplate]) -> Tu
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object of texts such as system, user and assistant")
-    base = known.get(str(data.pop("model_name", "")), TurnTemplate())
+    base = known.get(str(data.pop("model_name", "")).lower(), TurnTemplate())
     names = [field.name for field in dataclasses.fields(TurnTemplate)]
     if unknown := sorted(data.keys() - set(names)):
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known keys are model_name, {', '.join(names)}")

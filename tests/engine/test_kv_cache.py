@@ -118,7 +118,7 @@ def test_the_scratch_of_prompts_holds_a_session_or_two_steps() -> None:
     ("head_dim", "block_size", "problem"),
     [
         (256, 64, r"heads of 256 values \(head_dim\) are not supported on a GPU, whose kernels have at most 128"),
-        (128, 8, "cache_block_seq_len=8 must be 64 or 128 on a GPU"),
+        (128, 8, "cache_block_seq_len=8 must be at least 16 on a GPU: take 64"),
     ],
 )
 def test_what_the_kernels_of_a_gpu_cannot_have(head_dim: int, block_size: int, problem: str) -> None:

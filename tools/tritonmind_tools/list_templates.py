@@ -43,9 +43,9 @@ def _example(name: str) -> str:
     from tritonmind.errors import ConfigError
     from tritonmind.named_templates import NAMED_TEMPLATES
 
-    if name not in NAMED_TEMPLATES:
+    if name.lower() not in NAMED_TEMPLATES:
         raise ConfigError(f"{name!r} is not a chat template's name; there are {', '.join(NAMED_TEMPLATES)}")
-    template = NAMED_TEMPLATES[name].template
+    template = NAMED_TEMPLATES[name.lower()].template
     if template.capability == "completion":
         return "(no form for conversations: the model continues texts)"
     return ChatTemplate(template.jinja_source(adds_bos=False), {}, where=name).render(_EXAMPLE)

@@ -66,7 +66,9 @@ def check_sizes(config: EngineConfig, device: torch.device) -> None:
             f"most {MAX_HEAD_DIM}: use device='cpu'"
         )
     if config.cache.block_size < MIN_TILE:
-        raise ConfigError(f"cache_block_seq_len={config.cache.block_size} must be 64 or 128 on a GPU")
+        raise ConfigError(
+            f"cache_block_seq_len={config.cache.block_size} must be at least {MIN_TILE} on a GPU: take 64"
+        )
 
 
 def block_bytes(model: ModelConfig, cache: CacheConfig, tensor_parallel_size: int, dtype: torch.dtype) -> int:

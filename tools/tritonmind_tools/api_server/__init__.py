@@ -56,7 +56,7 @@ def _add_engine(group: Any) -> None:
     group.add_argument(
         "--instance-num", type=int, metavar="N", help="requests that run at once (default: config.ini's)"
     )
-    group.add_argument("--tp", type=int, metavar="N", help="GPUs that share the model (default: config.ini's)")
+    group.add_argument("--tp", type=int, metavar="N", help="ranks: 1 in this version, as the weights are split")
     group.add_argument("--session-len", type=int, metavar="N", help="tokens of prompt and answer together")
     group.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="type to compute in")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")

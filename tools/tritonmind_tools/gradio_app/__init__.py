@@ -95,7 +95,7 @@ def register(subparsers: Any) -> None:
         metavar="BOOL",
         help="what is named is an API server, also without http://",
     )
-    parser.add_argument("--tp", type=_positive, metavar="N", help="GPUs of an engine of its own")
+    parser.add_argument("--tp", type=_positive, metavar="N", help="ranks of an engine of its own: 1 in this version")
     chat.add_engine_arguments(parser)  # of an API server, --model-name is the model to ask
     api_client.add_server_arguments(parser)
     parser.set_defaults(run=run)
