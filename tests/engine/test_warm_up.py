@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.untuned_cards import card
 from tritonmind.config import QuantPolicy
 from tritonmind.engine.model_runner import ModelRunner
 from tritonmind.kernels import tuning
-from tritonmind.kernels.tile_table import Card, Tile
+from tritonmind.kernels.tile_table import Tile
+
+__all__ = ["card"]
 
 DEVICE = torch.device("cuda")
-
-
-@pytest.fixture(params=[Card("H100", (9, 0), 132), Card("A100", (8, 0), 108)], ids=lambda card: card.name)
-def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tuning, "card", lambda device: request.param)
-    monkeypatch.setattr(tuning, "SHIPPED", Path("nowhere"))
-    tuning.tile.cache_clear()
-    yield
-    tuning.tile.cache_clear()
 
 
 @pytest.mark.usefixtures("card")

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.untuned_cards import card
 from tritonmind.kernels import attention_variants, tuning
 from tritonmind.kernels.tile_table import Card
 
+__all__ = ["card"]
+
 MAX_SEQS, MAX_QUERY_LEN, NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 256, 4096, 32, 128, 64
-
-
-@pytest.fixture(
-    params=[Card("H100", (9, 0), 132), Card("A100", (8, 0), 108), Card("L4", (8, 9), 58)], ids=lambda card: card.name
-)
-def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """Pretend that the GPU is this card, which has no file of tiles."""
-    monkeypatch.setattr(tuning, "card", lambda device: request.param)
-    monkeypatch.setattr(tuning, "SHIPPED", Path("nowhere"))
-    tuning.tile.cache_clear()
-    yield request.param
-    tuning.tile.cache_clear()
 
 
 @pytest.mark.parametrize("int8_kv", [False, True], ids=["floats", "int8"])
