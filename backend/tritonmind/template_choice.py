@@ -65,8 +65,7 @@ def _given(given: str, tokenizer_dir: Path) -> TemplateChoice:
             f"{', '.join(NAMED_TEMPLATES)}"
         )
     if path.suffix.lower() == ".json":
-        known = {name: named.template for name, named in NAMED_TEMPLATES.items()}
-        return _turns(turn_template_from_json(path, known), tokenizer_dir, given)
+        return _turns(turn_template_from_json(path, named_template), tokenizer_dir, given)
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

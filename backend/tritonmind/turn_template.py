@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,7 +84,7 @@ class TurnTemplate:
         return "\n".join(line for line in lines if line) + "\n"
 
 
-def turn_template_from_json(path: Path, known: Mapping[str, TurnTemplate]) -> TurnTemplate:
+def turn_template_from_json(path: Path, known: Callable[[str], TurnTemplate | None]) -> TurnTemplate:
     """LMDeploy's JSON file: fields of a TurnTemplate, over those of the template that `model_name` names, if any.
 
     Raises ConfigError naming the file and the field.
@@ -95,7 +95,7 @@ def turn_template_from_json(path: Path, known: Mapping[str, TurnTemplate]) -> Tu
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object of texts such as system, user and assistant")
-    base = known.get(str(data.pop("model_name", "")).lower(), TurnTemplate())
+    base = known(str(data.pop("model_name", ""))) or TurnTemplate()
     names = [field.name for field in dataclasses.fields(TurnTemplate)]
     if unknown := sorted(data.keys() - set(names)):
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known keys are model_name, {', '.join(names)}")

@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
 def _example(name: str) -> str:
     from tritonmind.chat_template import ChatTemplate
     from tritonmind.errors import ConfigError
-    from tritonmind.named_templates import NAMED_TEMPLATES
+    from tritonmind.named_templates import NAMED_TEMPLATES, named_template
 
-    if name.lower() not in NAMED_TEMPLATES:
+    template = named_template(name)
+    if template is None:
         raise ConfigError(f"{name!r} is not a chat template's name; there are {', '.join(NAMED_TEMPLATES)}")
-    template = NAMED_TEMPLATES[name.lower()].template
     if template.capability == "completion":
         return "(no form for conversations: the model continues texts)"
     return ChatTemplate(template.jinja_source(adds_bos=False), {}, where=name).render(_EXAMPLE)
