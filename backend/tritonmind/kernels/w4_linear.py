@@ -7,7 +7,7 @@ cannot run that, by one that writes it out in 16 bits for the products of linear
 
 import torch
 
-from tritonmind.kernels import tuning, w4_layout
+from tritonmind.kernels import tuning
 from tritonmind.kernels.dispatch import check_ndim, check_tensor, use_triton
 from tritonmind.kernels.linear import MIN_ADDED_ROWS, gate_up, linear, product_variants
 from tritonmind.kernels.tile_table import Tile
@@ -52,8 +52,8 @@ def w4_linear(
     if not partial_sums:
         tile = tile._replace(splits=1)
     elif tile.warp_groups:
-        # Groups that have no block to multiply would wait for one that never comes.
-        tile = tile._replace(splits=min(tile.splits, -(-weight.k // w4_layout.BLOCK_K)))
+        # Groups without a block of K to multiply would wait for one that never comes.
+        tile = tile._replace(splits=min(tile.splits, weight.words.shape[1]))
     if add_to is not None:
         if out is not None:
             raise ValueError("out and add_to exclude each other: add_to takes the sum")

@@ -199,7 +199,7 @@ def _roofline(rows: list[Row], figure: Any) -> list[Row]:
     for row in shown:
         panels.setdefault(_model(row), []).append(row)
     engines = list(dict.fromkeys(_engine(row) for row in shown))
-    heights = {model: float(len(panel)) for model, panel in panels.items()}
+    heights = {model: len(panel) for model, panel in panels.items()}
     all_axes = _by_model(figure, "Share of the roofline", heights, "% of the rate that the card could reach")
     for axes, panel in zip(all_axes, panels.values(), strict=True):
         for engine, colour in zip(engines, _colours(len(engines)), strict=True):
@@ -218,7 +218,7 @@ def _roofline(rows: list[Row], figure: Any) -> list[Row]:
     return shown
 
 
-def _by_model(figure: Any, title: str, heights: Mapping[str, float], x_label: str) -> list[Any]:
+def _by_model(figure: Any, title: str, heights: Mapping[str, int], x_label: str) -> list[Any]:
     """Axes for each model, in two columns, all with room for as many bars as the highest has."""
     columns = min(2, len(heights))
     lines = -(-len(heights) // columns)
@@ -251,7 +251,7 @@ def _engines(rows: list[Row], figure: Any) -> list[Row]:
     panels: dict[str, dict[str, dict[str, Row]]] = {}
     for (workload, model, _), group in shown.items():
         panels.setdefault(model, {})[workload] = group
-    heights = {model: float(sum(len(group) + 1 for group in panel.values())) for model, panel in panels.items()}
+    heights = {model: sum(len(group) + 1 for group in panel.values()) for model, panel in panels.items()}
     all_axes = _by_model(figure, "Beside other engines", heights, "rate / tritonmind's")
     for axes, panel in zip(all_axes, panels.values(), strict=True):
         _engine_bars(axes, panel, colours)
