@@ -58,7 +58,7 @@ def test_the_page_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     int8, int4 = logits("./workspace", quant_policy=4), logits("./workspace_quant", quant_policy=0)
     both = logits("./workspace_quant")
     errors = relative(int8, expected), relative(int4, expected), relative(both, int4)
-    assert 0.002 < errors[0] < 0.1
+    assert 0.002 < errors[0] < 0.075
     # Random weights with 4 bits in groups of 128 lose much; of a weight that was mixed up nothing would be left.
     assert 0.05 < errors[1] < 0.75
-    assert 0.002 < errors[2] < 0.1
+    assert 0.002 < errors[2] < 0.075
