@@ -8,6 +8,19 @@ RELATIVE_RMS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 WORST_ELEMENT = 16
 
 
+def assert_vectors_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """assert_close of vectors, the last dimension, each relative to its own root mean square.
+
+    For attention, whose means over many tokens are small beside those over few: a bound for all would be too wide for
+    the former, and too narrow for the rounding of the latter.
+    """
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    scale = expected.double().square().mean(dim=-1, keepdim=True).sqrt()
+    scale[scale == 0] = 1
+    expected = expected.double() / scale
+    assert_close(actual.double().to(scale.device) / scale, expected, dtype or actual.dtype)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None) -> None:
     """Fail unless `actual` is within the bounds of `dtype`, by default its own. NaN is never close to anything."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.kernel_cases import Pages, Target, make_pages
-from tests.tolerances import assert_close
+from tests.tolerances import assert_vectors_close
 from tritonmind.kernels import DecodePlan, paged_decode_attention, plan_decode, reference
 
 # (num_heads, num_kv_heads, head_dim): groups of 1 to 20 heads, head_dims that are no power of two, and a small one.
@@ -56,7 +56,7 @@ def check(
     scale = head_dim**-0.5
     plan = plan_of(q, pages, num_programs, window) if num_programs else None
     assert paged_decode_attention(q, *pages, softmax_scale=scale, window=window, plan=plan, out=out) is out
-    assert_close(out, reference_of(q, pages, scale, window), target.dtype)
+    assert_vectors_close(out, reference_of(q, pages, scale, window), target.dtype)
 
 
 @pytest.mark.parametrize("num_programs", [1, 40])
@@ -128,7 +128,7 @@ def test_row_does_not_depend_on_the_batch(target: Target) -> None:
         if target.triton:
             assert torch.equal(alone[0], batch[row])
         else:
-            assert_close(alone[0], batch[row])
+            assert_vectors_close(alone[0], batch[row])
 
 
 def test_same_result_each_time(target: Target) -> None:
@@ -193,7 +193,9 @@ def test_strided_block_tables(target: Target) -> None:
     q = target.randn(2, 2, 64)
     narrow = pages._replace(block_tables=pages.block_tables[:, :3])
     assert not narrow.block_tables.is_contiguous()
-    assert_close(paged_decode_attention(q, *narrow, softmax_scale=0.2), reference_of(q, pages, 0.2), target.dtype)
+    assert_vectors_close(
+        paged_decode_attention(q, *narrow, softmax_scale=0.2), reference_of(q, pages, 0.2), target.dtype
+    )
 
 
 def test_ragged_batch_on_the_cpu() -> None:
@@ -212,7 +214,7 @@ def test_large_scores_do_not_overflow(target: Target) -> None:
             out.double().cpu(), expected.double(), rtol=0, atol=1e-3 * float(expected.square().mean().sqrt())
         )
     else:
-        assert_close(out, expected, target.dtype)
+        assert_vectors_close(out, expected, target.dtype)
 
 
 def test_empty_batch(target: Target) -> None:

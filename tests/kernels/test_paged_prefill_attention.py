@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.kernel_cases import Target, make_pages
-from tests.tolerances import assert_close
+from tests.tolerances import assert_vectors_close
 from tritonmind.kernels import paged_decode_attention, paged_prefill_attention, reference
 
 # (num_heads, num_kv_heads, head_dim): groups of 1 to 7 heads, head_dims that are no power of two, and a small one.
@@ -49,7 +49,7 @@ def check(
         window=window,
     )  # fmt: skip
     assert out[:num_before].isnan().all()
-    assert_close(out[num_before:num_tokens], expected[num_before:num_tokens], target.dtype)
+    assert_vectors_close(out[num_before:num_tokens], expected[num_before:num_tokens], target.dtype)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -126,7 +126,7 @@ def test_query_of_one_equals_decode(target: Target) -> None:
         max_query_len=1,
         softmax_scale=0.125,
     )
-    assert_close(prefill, paged_decode_attention(q, *pages, softmax_scale=0.125).cpu(), target.dtype)
+    assert_vectors_close(prefill, paged_decode_attention(q, *pages, softmax_scale=0.125).cpu(), target.dtype)
 
 
 def test_sequence_does_not_depend_on_the_batch(target: Target) -> None:
