@@ -285,11 +285,15 @@ def test_warp_groups_are_for_hopper_and_fill_it() -> None:
     for card in CARDS:
         is_hopper = card.capability[0] == 9
         for kernel in ("w4_linear", "w4_gate_up"):
-            assert bool(found(card, 256, kernel).warp_groups) == is_hopper
-            assert not found(card, 64, kernel).warp_groups
+            for rows in (16, 33, 64, 256):
+                assert bool(found(card, rows, kernel).warp_groups) == is_hopper
+            assert not found(card, 8, kernel).warp_groups
             # Rows that do not begin at multiples of 16 bytes.
             assert not found(card, 256, kernel, n=4100).warp_groups
     hopper = Card("an H100", (9, 0), 132)
+    assert [found(hopper, rows).block_m for rows in (9, 17, 33, 65)] == [16, 32, 64, 128]
+    # Whole sums where K has too few blocks to share.
+    assert [found(hopper, 64, k=k).splits for k in (512, 1024, 4096)] == [1, 2, 4]
     few, many = found(hopper, 256), found(hopper, 512)
     assert (few.warp_groups, few.splits) == (many.warp_groups, 2 * many.splits) == (2, 2)
     assert found(hopper, 256, n=12288).warp_groups == 3

@@ -40,7 +40,8 @@ TILES = (
     Tile(128, 128, splits=2, prefetch=2, num_warps=8, num_stages=3),
     LIBRARY,
 )
-# As CASES, for warp groups on Hopper: each way to store, all group sizes, more tiles than the card has multiprocessors.
+# As CASES, for warp groups on Hopper: each way to store, all group sizes, more tiles than the card has multiprocessors,
+# fewer blocks of K than slots.
 GROUP_CASES = [
     ((333, 1000, 1536, 128), Tile(128, 64, warp_groups=2, splits=3, num_stages=4)),
     ((4100, 1544, 576, 64), Tile(128, 64, warp_groups=3, num_stages=4)),
@@ -48,6 +49,10 @@ GROUP_CASES = [
     ((257, 2056, 256, 128), Tile(256, 64, warp_groups=2, num_stages=2)),
     ((1, 104, 320, 64), Tile(64, 64, warp_groups=3, splits=2, num_stages=4)),
     ((130, 128, 64, 32), Tile(128, 64, warp_groups=2, splits=2, num_stages=4)),
+    ((700, 4096, 256, 64), Tile(128, 64, warp_groups=2, num_stages=4)),
+    ((5, 1000, 1536, 128), Tile(16, 64, warp_groups=3, splits=8, num_stages=4)),
+    ((40, 4096, 992, 32), Tile(32, 128, warp_groups=2, num_stages=4)),
+    ((64, 2056, 1024, 64), Tile(64, 128, warp_groups=2, splits=4, num_stages=4)),
 ]
 
 
@@ -68,8 +73,9 @@ def check_linear(rows: int, weight: Weight, tile: Tile, target: Target) -> None:
     if parts.dim() == 3:
         # What the weight written out in 16 bits is handed to has a tile of its own.
         assert parts.dtype == torch.float32 and len(parts) > 1 and (tile.is_whole or len(parts) == tile.splits)
-        # Where scales are applied to sums nothing was rounded: only the order of the sum is another.
-        exact = not tile.is_whole and 2 * tile.block_m <= packed.group_size
+        # Where scales are applied to sums nothing was rounded: only the order of the sum is another. Warp groups apply
+        # them to the weight.
+        exact = not (tile.is_whole or tile.warp_groups) and 2 * tile.block_m <= packed.group_size
         assert_close(parts.sum(0), expected, torch.float32 if exact else target.dtype)
     out = poisoned(rows, packed.n, target)
     assert w4_linear(x, packed, bias, tile=tile, out=out) is out

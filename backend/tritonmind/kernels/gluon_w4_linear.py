@@ -1,5 +1,5 @@
-"""The kernel behind w4_linear.py for many rows on Hopper, in Gluon: one warp fetches tiles, two or three warp groups
-unpack a 4-bit weight in registers, from where the tensor cores take it.
+"""The kernel behind w4_linear.py for more than a few rows on Hopper, in Gluon: one warp fetches tiles, two or three warp
+groups unpack a 4-bit weight in registers, from where the tensor cores take it.
 
 As in triton_w4_linear.py the weight is the left operand, and the product comes out transposed. A group has WIDTH rows
 of the weight, one group's below the other's, and all groups multiply theirs by the same BLOCK_M rows of x. While the
@@ -7,7 +7,8 @@ tensor cores multiply by 32 columns of the weight, its group unpacks the next. O
 rows and a quarter of what a 16-bit weight takes, which at many rows, where the card's power is the limit, is less than
 any kernel for those can do with.
 
-Programs stay, one to an SM, and take tiles in turn. While the one of one turn is stored, those of the next come in.
+Programs stay, one to an SM, and take tiles in turn. While the one of one turn is stored, those of the next come in, and
+the first of the weight come while the kernel before still runs.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +16,6 @@ Programs stay, one to an SM, and take tiles in turn. While the one of one turn i
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -117,19 +117,42 @@ def _unpack(words, params, PLACE: gl.constexpr, DTYPE: gl.constexpr, LEFT: gl.co
 
 
 @gluon.jit
+def _fetch_words(
+    words_desc, tiles, slot, feature_tile, block, expected,
+    BLOCKS_OF_K: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """A block of the weight to a free slot. expected: bytes that come with it."""
+    _, word_tiles, full, _, _, _ = tiles
+    ready = full.index(HALVES * slot)
+    mbarrier.expect(ready, expected + BLOCK_N * WORDS * 4)
+    first_line = feature_tile * (BLOCK_N // WORD_ROWS) * BLOCKS_OF_K
+    for part in gl.static_range(BLOCK_N // WORD_ROWS):
+        words = word_tiles[part * WORD_ROWS // WIDTH].index(slot).slice(part * WORD_ROWS % WIDTH, WORD_ROWS)
+        fetch_tile(words_desc, [(first_line + part * BLOCKS_OF_K + block) * WORD_ROWS, 0], ready, words)
+
+
+@gluon.jit
 def _fetch(
     x_desc, words_desc, tiles, num_row_tiles,
     N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
-    SPLITS: gl.constexpr, NUM_SLOTS: gl.constexpr, HALVES: gl.constexpr,
+    SPLITS: gl.constexpr, NUM_SLOTS: gl.constexpr, HALVES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    x_tiles, word_tiles, full, free, _, _ = tiles
+    x_tiles, _, full, free, _, _ = tiles
     num_feature_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     blocks_of_k: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     line_bytes: gl.constexpr = BLOCK_M * LINE_K * x_desc.dtype.primitive_bitwidth // 8
+    half_bytes: gl.constexpr = 2 // HALVES * line_bytes
+    # The weight waits for no kernel: what there are slots for comes while the kernel before ends.
+    _, feature_tile, split = _turn(gl.program_id(0), num_row_tiles, num_feature_tiles, BLOCK_M, SPLITS)
+    first_block = split * blocks_of_k // SPLITS
+    num_early = gl.minimum((split + 1) * blocks_of_k // SPLITS - first_block, NUM_SLOTS)
+    for slot in range(num_early):
+        block = first_block + slot
+        _fetch_words(words_desc, tiles, slot, feature_tile, block, half_bytes, blocks_of_k, BLOCK_N, WIDTH, HALVES)
+    pdl.wait(PDL)
     count = 0
     for index in range(gl.program_id(0), num_row_tiles * num_feature_tiles * SPLITS, gl.num_programs(0)):
         row_tile, feature_tile, split = _turn(index, num_row_tiles, num_feature_tiles, BLOCK_M, SPLITS)
-        first_line = feature_tile * (BLOCK_N // WORD_ROWS) * blocks_of_k
         for block in range(split * blocks_of_k // SPLITS, (split + 1) * blocks_of_k // SPLITS):
             slot = count % NUM_SLOTS
             phase = (count // NUM_SLOTS) & 1
@@ -137,14 +160,14 @@ def _fetch(
                 ready = full.index(HALVES * slot + half % HALVES)
                 if half < HALVES:
                     mbarrier.wait(free.index(HALVES * slot + half), phase ^ 1)
-                    # Where the first half of rows is free, words have been read.
-                    mbarrier.expect(ready, 2 // HALVES * line_bytes + (BLOCK_N * WORDS * 4 if half == 0 else 0))
-                if half == 0:
-                    for part in gl.static_range(BLOCK_N // WORD_ROWS):
-                        words = word_tiles[part * WORD_ROWS // WIDTH].index(slot)
-                        words = words.slice(part * WORD_ROWS % WIDTH, WORD_ROWS)
-                        line = (first_line + part * blocks_of_k + block) * WORD_ROWS
-                        fetch_tile(words_desc, [line, 0], ready, words)
+                    if half == 1:
+                        mbarrier.expect(ready, half_bytes)
+                    elif count >= num_early:
+                        # Where the first half of rows is free, words have been read.
+                        _fetch_words(
+                            words_desc, tiles, slot, feature_tile, block, half_bytes,
+                            blocks_of_k, BLOCK_N, WIDTH, HALVES,
+                        )  # fmt: skip
                 at = [row_tile * BLOCK_M, block * BLOCK_K + half * LINE_K]
                 fetch_tile(x_desc, at, ready, x_tiles.index(2 * slot + half))
             count += 1
@@ -210,7 +233,7 @@ def _multiply(
     group: gl.constexpr, params_ptr, bias_ptr, out_desc, parts_ptr, tiles, num_row_tiles, num_rows,
     N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, SPLITS: gl.constexpr,
-    NUM_SLOTS: gl.constexpr, HALVES: gl.constexpr, DTYPE: gl.constexpr,
+    NUM_SLOTS: gl.constexpr, HALVES: gl.constexpr, PDL: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     x_tiles, word_tiles, full, free, out_tiles, fetched = tiles
     num_feature_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -227,6 +250,8 @@ def _multiply(
     line = gl.arange(0, WIDTH, layout=gl.SliceLayout(1, OWN_WORDS))
     out_tile = out_tiles[group]
     own_fetched = fetched.index(group)
+    if ADD:
+        pdl.wait(PDL)  # other results wait for rows of x, which come after the fetching warp has waited
     count = 0
     turn = 0
     for index in range(gl.program_id(0), num_row_tiles * num_feature_tiles * SPLITS, gl.num_programs(0)):
@@ -330,9 +355,7 @@ def _w4_many_rows_kernel(
         mbarrier.init(fetched.index(group), count=1)
     fence_async_shared()
     barrier()
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl.let_next_start(PDL)
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     two: gl.constexpr = 2
@@ -341,11 +364,11 @@ def _w4_many_rows_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (zero, params_ptr, bias_ptr, out_desc, parts_ptr, tiles, num_row_tiles, num_rows,
-                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, dtype)),
+                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL, dtype)),
                 (_multiply, (one, params_ptr, bias_ptr, out_desc, parts_ptr, tiles, num_row_tiles, num_rows,
-                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, dtype)),
+                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL, dtype)),
                 (_fetch, (x_desc, words_desc, tiles, num_row_tiles,
-                          N, K, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES)),
+                          N, K, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL)),
             ],
             [4, 1],
             [GROUP_REGISTERS, FETCH_REGISTERS],
@@ -357,13 +380,13 @@ def _w4_many_rows_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (zero, params_ptr, bias_ptr, out_desc, parts_ptr, more_tiles, num_row_tiles, num_rows,
-                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, dtype)),
+                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL, dtype)),
                 (_multiply, (one, params_ptr, bias_ptr, out_desc, parts_ptr, more_tiles, num_row_tiles, num_rows,
-                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, dtype)),
+                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL, dtype)),
                 (_multiply, (two, params_ptr, bias_ptr, out_desc, parts_ptr, more_tiles, num_row_tiles, num_rows,
-                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, dtype)),
+                             N, K, GROUP, GATED, ADD, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL, dtype)),
                 (_fetch, (x_desc, words_desc, more_tiles, num_row_tiles,
-                          N, K, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES)),
+                          N, K, BLOCK_M, BLOCK_N, WIDTH, SPLITS, NUM_SLOTS, HALVES, PDL)),
             ],
             [4, 4, 1],
             [THREE_GROUP_REGISTERS, THREE_GROUP_REGISTERS, FETCH_REGISTERS],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tritonmind.kernels import w4_layout
-from tritonmind.kernels.tile_table import GROUP_VALUES, Card, Sizes, Tile, takes_many_rows
+from tritonmind.kernels.tile_table import GROUP_VALUES, MIN_GROUP_ROWS, Card, Sizes, Tile, takes_many_rows
 
 # Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -23,7 +23,6 @@ WARP_SIZE = 32
 INT8_BLOCK_K = 64  # of int8_layout.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
-MIN_GROUP_ROWS = 65  # that gluon_w4_linear.py is tried for
 MAX_SUMS = 128 * 128  # of one of its two warp groups; three have the registers for half as many
 GROUP_STORED = 64  # features that a group stores at a time
 
@@ -133,6 +132,16 @@ def _w4_lines(rows: int, gated: bool) -> Axis:
     return tuple(found)
 
 
+def _w4_groups(rows: int) -> Axis:
+    """Tiles for a quarter to twice the rows. Settings that tiles of warp groups have none of are the defaults."""
+    most = 2 << (rows - 1).bit_length()
+    return tuple(
+        {**Tile()._asdict(), "block_m": block_m, "block_n": block_n, "warp_groups": groups, "num_stages": stages}
+        for block_m, block_n, groups, stages in itertools.product(*GROUP_VALUES.values())
+        if most // 8 <= block_m <= most
+    )
+
+
 def _w4_start(rows: int) -> Tile:
     return Tile(block_m=_block_m(rows), block_n=64, prefetch=2, num_warps=2, num_stages=4 if rows <= 16 else 3)
 
@@ -140,14 +149,9 @@ def _w4_start(rows: int) -> Tile:
 def _w4_waves(rows: int, gated: bool) -> tuple[Wave, ...]:
     splits = () if gated else (_axis("splits", 1, 2, 4, 8, 11),)
     waves = (_w4_lines(rows, gated), *splits), _W4_DEPTH
-    return waves if rows < MIN_GROUP_ROWS else (*waves, (_W4_GROUPS, *splits))
+    return waves if rows < MIN_GROUP_ROWS else (*waves, (_w4_groups(rows), *splits))
 
 
-# Settings that tiles of warp groups have none of are the defaults.
-_W4_GROUPS: Axis = tuple(
-    {**Tile()._asdict(), "block_m": rows, "block_n": columns, "warp_groups": groups, "num_stages": stages}
-    for rows, columns, groups, stages in itertools.product(*GROUP_VALUES.values())
-)
 _W4_DEPTH: Wave = (_axis("num_stages", 2, 3, 4, 6), _axis("prefetch", 0, 2, 8))
 
 

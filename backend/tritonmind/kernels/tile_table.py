@@ -22,13 +22,19 @@ MIN_LONG_RUN = 1536
 # Rows up to which the library serves gate and up: gluon_linear.py's large tiles leave much of the card idle below 400
 # rows, gain a few percent up to here, and take the host longer to launch, which counts where decodes wait.
 GATE_UP_LIBRARY_ROWS = 1024
-# Of gluon_w4_linear.py's tiles of GROUP_ROWS rows, by warp groups with 64 rows of the weight each: microseconds that an
-# H100 took for a block of K at 128 to 768 rows, beside those that a turn takes to begin and to store, and for an
-# element of a second partial sum. Up to MAX_FILLED_ROWS the tile is taken that leaves least of a card idle; above,
-# where the card's power is the limit, the one that unpacks least often.
-GROUP_TIMES = {2: 0.75, 3: 1.03}
+# Of gluon_w4_linear.py, by rows of a tile, and by the weight's rows for a warp group and warp groups: microseconds that
+# an H100 took for a block of K, beside those that a turn takes to begin and to store, and for an element of a further
+# partial sum. Up to MAX_FILLED_ROWS the tile is taken that leaves least of a card idle; above, where the card's power
+# is the limit, the one that unpacks least often.
+GROUP_TIMES = {
+    16: {(64, 2): 0.36, (64, 3): 0.39, (128, 2): 0.46},
+    32: {(64, 2): 0.43, (64, 3): 0.46, (128, 2): 0.57},
+    64: {(64, 2): 0.51, (64, 3): 0.63, (128, 2): 0.78},
+    128: {(64, 2): 0.75, (64, 3): 1.03, (128, 2): 1.45},
+}
 GROUP_TURN_TIME, PART_TIME = 3.0, 3.2e-6
-GROUP_ROWS, MIN_GROUP_ROWS, MAX_FILLED_ROWS = 128, 128, 768
+MIN_GROUP_ROWS, MAX_FILLED_ROWS = 9, 768
+MIN_SPLIT_BLOCKS = 4  # of K, as many as tiles are fetched ahead
 # Capabilities whose SMs have shared memory for several programs with tiles in flight: more than 100 KB.
 LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0)}
 
@@ -85,7 +91,7 @@ Ladder = tuple[Step, ...]  # max_rows rising
 LIBRARY = Tile(library=True)
 MANY_ROWS = Tile(many_rows=True)
 # Of what gluon_w4_linear.py has warp groups for: rows of a weight are multiplied 64 at a time.
-GROUP_VALUES = {"block_m": (64, 128, 256), "block_n": (64, 128), "warp_groups": (2, 3), "num_stages": (2, 4)}
+GROUP_VALUES = {"block_m": (16, 32, 64, 128, 256), "block_n": (64, 128), "warp_groups": (2, 3), "num_stages": (2, 4)}
 # How a file names those.
 WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 
@@ -146,7 +152,7 @@ def _w4_linear(card: Card, sizes: Sizes) -> Ladder:
         most = max(1, min(wanted, -(-sizes["k"] // w4_layout.BLOCK_K) // (4 * tile.slices), 8, 128 // max_rows))
         steps.append(Step(max_rows, tile._replace(splits=1 << most.bit_length() - 1)))
     if takes_many_rows(card, sizes):
-        return _in_groups(steps, card, sizes, sizes["n"], ((2, 1), (3, 1), (2, 2)))
+        return _in_groups(steps, card, sizes, sizes["n"], (1, 2, 4, 8))
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
@@ -154,25 +160,33 @@ def _w4_gate_up(card: Card, sizes: Sizes) -> Ladder:
     """SiLU needs whole sums. A program has as many rows of gate as of up."""
     steps = [Step(rows, tile._replace(block_n=tile.block_n // 2)) for rows, tile in _w4_steps(card)]
     if takes_many_rows(card, sizes):
-        return _in_groups(steps, card, sizes, 2 * sizes["n"], ((2, 1), (3, 1)))
+        return _in_groups(steps, card, sizes, 2 * sizes["n"], (1,))
     return (*steps, Step(UNLIMITED, LIBRARY))
 
 
-def _in_groups(
-    few: list[Step], card: Card, sizes: Sizes, weight_rows: int, choices: tuple[tuple[int, int], ...]
-) -> Ladder:
-    """The steps for few rows, and those of gluon_w4_linear.py for more. choices: warp groups and splits."""
+def _in_groups(few: list[Step], card: Card, sizes: Sizes, weight_rows: int, split_choices: tuple[int, ...]) -> Ladder:
+    """The steps for few rows, and those of gluon_w4_linear.py for more."""
     steps = [step for step in few if step.max_rows < MIN_GROUP_ROWS]
     blocks_of_k = -(-sizes["k"] // w4_layout.BLOCK_K)
+    most = max(1, blocks_of_k // MIN_SPLIT_BLOCKS)
 
-    def microseconds(rows: int, groups: int, splits: int) -> float:
-        num_tiles = -(-rows // GROUP_ROWS) * -(-weight_rows // (64 * groups)) * splits
-        one = blocks_of_k / splits * GROUP_TIMES[groups] + GROUP_TURN_TIME
-        return -(-num_tiles // card.num_sms) * one + (splits - 1) * rows * weight_rows * PART_TIME
+    def microseconds(rows: int, tile: Tile) -> float:
+        tile_rows = tile.block_n * tile.warp_groups
+        num_tiles = -(-rows // tile.block_m) * -(-weight_rows // tile_rows) * tile.splits
+        block_time = GROUP_TIMES[tile.block_m][tile.block_n, tile.warp_groups]
+        one = blocks_of_k / tile.splits * block_time + GROUP_TURN_TIME
+        return -(-num_tiles // card.num_sms) * one + (tile.splits - 1) * rows * weight_rows * PART_TIME
 
-    for rows in range(GROUP_ROWS, MAX_FILLED_ROWS + 1, GROUP_ROWS):
-        groups, splits = min(choices, key=lambda choice: microseconds(rows, *choice))
-        tile = Tile(block_m=GROUP_ROWS, block_n=64, warp_groups=groups, splits=splits, num_stages=4)
+    widest = max(GROUP_TIMES)
+    for rows in (*GROUP_TIMES, *range(2 * widest, MAX_FILLED_ROWS + 1, widest)):
+        block_m = min(rows, widest)
+        tiles = [
+            Tile(block_m=block_m, block_n=block_n, warp_groups=groups, splits=splits, num_stages=4)
+            for splits in split_choices
+            for block_n, groups in GROUP_TIMES[block_m]
+            if splits <= most
+        ]
+        tile = min(tiles, key=lambda tile: microseconds(rows, tile))
         if steps[-1].tile == tile:
             steps.pop()
         steps.append(Step(rows, tile))

@@ -1,8 +1,8 @@
 """Products with a 4-bit weight, y = x W^T + b, W[n, k] = (level - zero point) * scale: W4A16, activations in 16 bits.
 
-By kernels that unpack the weight while they multiply, for many rows that of gluon_w4_linear.py, or, on cards that
-cannot run that, by one that writes it out in 16 bits for the products of linear.py. Which of them, and with which tile,
-`tuning.tile` says by card, sizes and rows.
+By kernels that unpack the weight while they multiply: for a few rows that of triton_w4_linear.py, for more that of
+gluon_w4_linear.py. Cards that cannot run the latter have one that writes the weight out in 16 bits for the products of
+linear.py. Which of them, and with which tile, `tuning.tile` says by card, sizes and rows.
 """
 
 import torch

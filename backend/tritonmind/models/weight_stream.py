@@ -18,8 +18,8 @@ import torch
 BUFFER_BYTES = 64 << 20
 # One is filled, one is on its way, and one evens out their different speeds.
 NUM_BUFFERS = 3
-# Four fill buffers at 16 GB/s, faster than disks read. More would take the cores from whoever checks the files: OpenMP's
-# threads wait for their next copy by spinning.
+# Four fill buffers at 16 GB/s, faster than disks read. More would take the cores from whoever checks the files, for
+# OpenMP's threads wait for their next copy by spinning.
 MAX_COPY_THREADS = 4
 
 
