@@ -113,7 +113,7 @@ def test_a_card_has_that_much_less_free(tmp_path: Path) -> None:
     few, few_int8, many, many_int8 = json.loads((tmp_path / "memory.json").read_text())["rows"]
     for row in (few, few_int8, many, many_int8):
         assert row["weights"] + row["kv_cache"] <= row["value"] <= row["weights"] + row["kv_cache"] + 3000
-    # 48 KiB a token in 16 bits; in 8 bits half of it, and a scale for each 64 channels.
-    assert many["value"] - few["value"] == pytest.approx(8 * 2048 * 48 / 1024, rel=0.2)
+    # 16 KiB a token in 16 bits; in 8 bits half of it, and a scale for each 64 channels.
+    assert many["value"] - few["value"] == pytest.approx(8 * 2048 * 16 / 1024, rel=0.2)
     assert many_int8["kv_cache"] == pytest.approx(many["kv_cache"] * (64 + 4) / 128)
     assert many["value"] - many_int8["value"] == pytest.approx(many["kv_cache"] - many_int8["kv_cache"], abs=200)

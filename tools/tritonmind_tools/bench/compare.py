@@ -130,7 +130,8 @@ def _transformers_model(args: argparse.Namespace, source: ModelSource, dtype: to
     # Without an end `generate` has nothing to look for at each step.
     config = LlamaConfig(**{**hf_config(source.model), "eos_token_id": None})
     with device:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to(device).eval()  # releases of Transformers differ in what they make elsewhere
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in hf_tensors(source):
