@@ -1,5 +1,5 @@
-"""The kernel behind w4_linear.py for more than a few rows on Hopper, in Gluon: one warp fetches tiles, two or three warp
-groups unpack a 4-bit weight in registers, from where the tensor cores take it.
+"""The kernel behind w4_linear.py for more than a few rows on Hopper, in Gluon: one warp fetches tiles, two or three
+warp groups unpack a 4-bit weight in registers, from where the tensor cores take it.
 
 As in triton_w4_linear.py the weight is the left operand, and the product comes out transposed. A group has WIDTH rows
 of the weight, one group's below the other's, and all groups multiply theirs by the same BLOCK_M rows of x. While the
