@@ -237,6 +237,9 @@ def test_slices_of_a_4_bit_weight(change: dict[str, int], complaint: str) -> Non
         ({"block_n": 32}, "block_n=32 must be 64 or 128"),
         ({"num_stages": 3}, "num_stages=3 must be 2 or 4"),
         ({"prefetch": 2}, "'prefetch' is none of"),
+        ({"block_n": 128}, "block_m=128 times block_n=128 must be at most 8192: one of 3 warp groups"),
+        ({"block_m": 256, "warp_groups": 2, "block_n": 128}, "block_m=256 times block_n=128 must be at most 16384"),
+        ({"n": 4100}, "warp_groups is for n=4100 and k=4096 that are multiples of 8"),
     ],
 )
 @pytest.mark.parametrize("kernel", ["w4_linear", "w4_gate_up"])
@@ -251,6 +254,16 @@ def test_warp_groups_of_a_4_bit_weight(kernel: str, change: dict[str, int], comp
     assert tuning.parse(content, "c")[kernel][tuple(SIZES[kernel].values())][0].tile == tile
     with pytest.raises(ValueError, match=rf"{kernel}\[0\]: {complaint}"):
         tuning.parse({**content, "kernels": {kernel: [{**entry, **change}]}}, "c")
+
+
+def test_many_rows_of_aligned_sizes() -> None:
+    def entries(n: int) -> dict[str, object]:
+        entry = {"n": n, "k": 4096, "max_rows": 4096, "many_rows": True}
+        return {"card": "c", "triton": "t", "kernels": {"gate_up": [entry]}}
+
+    assert tuning.parse(entries(4096), "c")["gate_up"]
+    with pytest.raises(ValueError, match=r"gate_up\[0\]: many_rows is for n=4100 and k=4096 that are multiples of 8"):
+        tuning.parse(entries(4100), "c")
 
 
 def test_prefill_attention_has_room_for_two_tiles() -> None:

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tritonmind.kernels import w4_layout
-from tritonmind.kernels.tile_table import GROUP_VALUES, MIN_GROUP_ROWS, Card, Sizes, Tile, takes_many_rows
+from tritonmind.kernels.tile_table import (
+    GROUP_VALUES,
+    MAX_GROUP_SUMS,
+    MIN_GROUP_ROWS,
+    Card,
+    Sizes,
+    Tile,
+    takes_many_rows,
+)
 
 # Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -23,7 +31,6 @@ WARP_SIZE = 32
 INT8_BLOCK_K = 64  # of int8_layout.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
-MAX_SUMS = 128 * 128  # of one of its two warp groups; three have the registers for half as many
 GROUP_STORED = 64  # features that a group stores at a time
 
 # Values that go together, one after the other.
@@ -80,8 +87,7 @@ def _fits_w4(kernel: str, card: Card, sizes: Sizes, tile: Tile, limit: int) -> b
         columns, row_bytes = tile.warp_groups * tile.block_n, ITEMSIZE * w4_layout.BLOCK_K
         shared = tile.num_stages * (tile.block_m * row_bytes + columns * w4_layout.BLOCK_K // 2)
         shared += tile.warp_groups * tile.block_m * GROUP_STORED * ITEMSIZE
-        sums = tile.block_m * tile.block_n
-        fits = shared <= limit and sums <= (MAX_SUMS if tile.warp_groups == 2 else MAX_SUMS // 2)
+        fits = shared <= limit and tile.block_m * tile.block_n <= MAX_GROUP_SUMS[tile.warp_groups]
         return fits and takes_many_rows(card, sizes)
     lines = tile.block_n * tile.slices * (2 if kernel == "w4_gate_up" else 1)
     num_blocks = -(-sizes["k"] // w4_layout.BLOCK_K)

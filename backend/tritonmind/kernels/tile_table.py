@@ -92,7 +92,9 @@ LIBRARY = Tile(library=True)
 MANY_ROWS = Tile(many_rows=True)
 # Of what gluon_w4_linear.py has warp groups for: rows of a weight are multiplied 64 at a time.
 GROUP_VALUES = {"block_m": (16, 32, 64, 128, 256), "block_n": (64, 128), "warp_groups": (2, 3), "num_stages": (2, 4)}
-# How a file names those.
+# By warp groups: sums, of block_m by block_n, that one of them has registers for.
+MAX_GROUP_SUMS = {2: 128 * 128, 3: 64 * 128}
+# How a file names tiles that are no settings.
 WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 
 
@@ -139,8 +141,13 @@ def _gate_up(card: Card, sizes: Sizes) -> Ladder:
 
 
 def takes_many_rows(card: Card, sizes: Sizes) -> bool:
-    """Whether gluon_linear.py can multiply these: on Hopper, rows of 2-byte elements at multiples of 16 bytes."""
-    return card.capability[0] == 9 and sizes["n"] % 8 == 0 and sizes["k"] % 8 == 0
+    """Whether gluon_linear.py and gluon_w4_linear.py can multiply these: on Hopper, if aligned_rows."""
+    return card.capability[0] == 9 and aligned_rows(sizes)
+
+
+def aligned_rows(sizes: Sizes) -> bool:
+    """Whether rows of 2-byte elements begin at multiples of 16 bytes, as copies of tiles need it."""
+    return sizes["n"] % 8 == 0 and sizes["k"] % 8 == 0
 
 
 def _w4_linear(card: Card, sizes: Sizes) -> Ladder:

@@ -24,7 +24,19 @@ from typing import Any
 
 import torch
 
-from tritonmind.kernels.tile_table import GROUP_VALUES, KERNELS, UNLIMITED, WHOLE, Card, Kernel, Ladder, Step, Tile
+from tritonmind.kernels.tile_table import (
+    GROUP_VALUES,
+    KERNELS,
+    MAX_GROUP_SUMS,
+    UNLIMITED,
+    WHOLE,
+    Card,
+    Kernel,
+    Ladder,
+    Step,
+    Tile,
+    aligned_rows,
+)
 
 VARIABLE = "TRITONMIND_TILE_CONFIGS"
 SHIPPED = Path(__file__).parent / "configs"
@@ -183,8 +195,16 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
         )
     if entry.get("slices", 1) > entry.get("block_m", 1):
         raise ValueError(f"{where}: slices={entry['slices']} of block_m={entry['block_m']} leave none for a row")
-    sizes = tuple(entry[name] for name in spec.sizes)
-    return sizes, Step(entry["max_rows"], Tile(**{name: entry[name] for name in fields}))
+    tile = Tile(**{name: entry[name] for name in fields})
+    if (tile.warp_groups or tile.many_rows) and not aligned_rows(entry):
+        way = "warp_groups" if tile.warp_groups else "many_rows"
+        raise ValueError(f"{where}: {way} is for n={entry['n']} and k={entry['k']} that are multiples of 8")
+    if tile.warp_groups and tile.block_m * tile.block_n > (most := MAX_GROUP_SUMS[tile.warp_groups]):
+        raise ValueError(
+            f"{where}: block_m={tile.block_m} times block_n={tile.block_n} must be at most {most}: one of "
+            f"{tile.warp_groups} warp groups has no registers for more sums"
+        )
+    return tuple(entry[name] for name in spec.sizes), Step(entry["max_rows"], tile)
 
 
 def _expected(name: str, value: Any, minima: Mapping[str, int]) -> str | None:
