@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, source: Path) -> Non
         writer.write({"model.embed_tokens.weight": torch.zeros(320, 64)})
         raise CheckpointError("model.embed_tokens.weight is not liked")
     assert names_in(tmp_path) == set()
+
+
+def test_what_a_killed_writer_left_makes_room(tmp_path: Path, source: Path) -> None:
+    left = tmp_path / "quant_output" / ".checkpoint.7.partial"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    write(tmp_path / "quant_output", source)
+    assert not [name for name in names_in(tmp_path / "quant_output") if name.startswith(".")]
 
 
 def test_a_value_that_fp16_cannot_hold(tmp_path: Path, source: Path) -> None:

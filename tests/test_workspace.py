@@ -337,6 +337,14 @@ def test_failed_writer_leaves_nothing(tmp_path: Path) -> None:
     assert names_in(tmp_path) == set()
 
 
+def test_what_a_killed_writer_left_makes_room(tmp_path: Path) -> None:
+    left = tmp_path / ".workspace.7.partial"
+    (left / "triton_models").mkdir(parents=True)
+    os.utime(left, (0, 0))
+    write_workspace(tmp_path / "workspace")
+    assert names_in(tmp_path) == {"workspace"}
+
+
 def test_too_small_a_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(WorkspaceError, match=r"0\.0 GB free, the workspace needs 0\.0 GB"):

@@ -17,6 +17,7 @@ from tritonmind import __version__
 from tritonmind.config import ModelConfig, to_dict
 from tritonmind.config_ini import render_config_ini
 from tritonmind.errors import WorkspaceError
+from tritonmind.partial_directory import partial_directory
 from tritonmind.resources import resource
 from tritonmind.tensor_layout import KV_SCALES_FILE, TensorSpec, common_tensor_specs, kv_scale_specs, tensor_specs
 from tritonmind.weight_files import CHUNK_BYTES, FORMAT_VERSION, INDEX_NAME, ShardWriter, WeightIndex, plan_shards
@@ -61,9 +62,6 @@ class WorkspaceWriter:
         for prefix, specs in groups.items():
             self._plan |= plan_shards(prefix, specs.values())
         self.num_bytes = sum(spec.num_bytes for specs in self._plan.values() for spec in specs)
-        self._temporary = self._destination.with_name(f".{self._destination.name}.{os.getpid()}.partial")
-        self._weights_dir = self._temporary / MODEL_DIR / VERSION / "weights"
-        self.tokenizer_dir = self._temporary / MODEL_DIR / VERSION / "tokenizer"
         self._stack = ExitStack()
         self._shards: dict[str, ShardWriter] = {}
         self._files = {spec.name: file for file, specs in self._plan.items() for spec in specs}
@@ -71,15 +69,16 @@ class WorkspaceWriter:
     def __enter__(self) -> WorkspaceWriter:
         parent = self._destination.parent
         parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < self.num_bytes:
-            raise WorkspaceError(
-                f"{parent} has {free / 1e9:.1f} GB free, the workspace needs {self.num_bytes / 1e9:.1f} GB: "
-                "free some space or choose another --dst-path"
-            )
-        self._temporary.mkdir()
-        self._stack.callback(shutil.rmtree, self._temporary, ignore_errors=True)
+        self._temporary = self._stack.enter_context(partial_directory(parent, self._destination.name))
+        self._weights_dir = self._temporary / MODEL_DIR / VERSION / "weights"
+        self.tokenizer_dir = self._temporary / MODEL_DIR / VERSION / "tokenizer"
         try:
+            free = shutil.disk_usage(parent).free
+            if free < self.num_bytes:
+                raise WorkspaceError(
+                    f"{parent} has {free / 1e9:.1f} GB free, the workspace needs {self.num_bytes / 1e9:.1f} GB: "
+                    "free some space or choose another --dst-path"
+                )
             self._weights_dir.mkdir(parents=True)
             self.tokenizer_dir.mkdir()
             for file, specs in self._plan.items():
@@ -132,7 +131,6 @@ class WorkspaceWriter:
         if durable:
             _sync_tree(self._temporary)
         _move_into_place(self._temporary, self._destination)
-        self._stack.pop_all()
 
 
 def write_kv_scales(workspace: Workspace, scales: list[list[torch.Tensor]]) -> None:

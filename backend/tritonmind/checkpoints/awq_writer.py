@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from tritonmind.checkpoints.quantization import QUANTIZATION_CONFIG, awq_config
 from tritonmind.checkpoints.source import CONFIG, GENERATION_CONFIG, SHARD_INDEX, SINGLE_FILE, Checkpoint, read_json
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CheckpointError
+from tritonmind.partial_directory import partial_directory
 from tritonmind.tensor_layout import AWQ_KINDS, STORED_DTYPES, TensorSpec
 from tritonmind.weight_files import ShardWriter, plan_shards
 
@@ -52,7 +53,7 @@ class AwqCheckpointWriter:
         self._last_names = {specs[-1].name for specs in self._shards}
         self._open: ShardWriter | None = None
         self._files = _file_names(len(self._shards))
-        self._temporary = self._destination / f".{os.getpid()}.partial"
+        self._stack = ExitStack()
         self._made_destination = False
 
     @property
@@ -63,14 +64,14 @@ class AwqCheckpointWriter:
     def __enter__(self) -> AwqCheckpointWriter:
         self._made_destination = not self._destination.exists()
         self._destination.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._destination).free
         try:
+            self._temporary = self._stack.enter_context(partial_directory(self._destination, "checkpoint"))
+            free = shutil.disk_usage(self._destination).free
             if free < self.num_bytes:
                 raise CheckpointError(
                     f"{self._destination} has {free / 1e9:.1f} GB free, the checkpoint needs "
                     f"{self.num_bytes / 1e9:.1f} GB: free some space or choose another directory"
                 )
-            self._temporary.mkdir()
         except BaseException:
             self._clean_up()
             raise
@@ -149,7 +150,7 @@ class AwqCheckpointWriter:
         self._made_destination = False
 
     def _clean_up(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._stack.close()
         if self._made_destination:
             shutil.rmtree(self._destination, ignore_errors=True)
 

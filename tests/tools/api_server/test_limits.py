@@ -85,9 +85,12 @@ def test_cors_is_off_until_it_is_asked_for() -> None:
     assert on.status_code == 200 and on.headers["access-control-allow-origin"] == "http://page"
 
 
-def test_health_says_when_the_model_cannot_answer() -> None:
-    (answer,) = requests(("GET", "/health", {}), backend=ScriptedBackend(lambda request: [], ready=False))
-    assert answer.status_code == 503
+@pytest.mark.parametrize(("ready", "status"), [(True, 200), (False, 503)])
+def test_health_says_when_the_model_cannot_answer(ready: bool, status: int) -> None:
+    """To load balancers that send HEAD too."""
+    backend = ScriptedBackend(lambda request: [], ready=ready)
+    answers = requests(("GET", "/health", {}), ("HEAD", "/health", {}), backend=backend)
+    assert [answer.status_code for answer in answers] == [status, status]
 
 
 def test_swagger_is_at_the_root_as_in_the_tutorial() -> None:

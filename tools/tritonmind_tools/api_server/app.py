@@ -168,6 +168,7 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
             400, f"{backend.model.name} generates text: embeddings are not served", code="unsupported_operation"
         )
 
+    @app.head("/health", include_in_schema=False)  # what some load balancers ask
     @app.get("/health", tags=["server"], summary="200 when requests can be answered")
     async def health() -> Response:
         if await backend.is_ready():
