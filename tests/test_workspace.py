@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_tensor_layout import INT4, MODEL
 from tritonmind import weight_files, workspace_writer
+from tritonmind.chunk_checks import num_copy_threads
 from tritonmind.config import ModelConfig
 from tritonmind.errors import CheckpointError, ConfigError, TritonmindError, WorkspaceError
 from tritonmind.tensor_layout import TensorSpec, common_tensor_specs, tensor_specs
@@ -187,6 +189,29 @@ def test_altered_chunk_is_found_behind_the_first(tmp_path: Path, monkeypatch: py
     path.write_bytes(data)
     with pytest.raises(WorkspaceError, match="at or after byte 8192"):
         list(workspace.tensors(0))
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (128, 4)])
+def test_most_cores_are_left_to_the_checks(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert num_copy_threads() == threads
+
+
+def test_torch_has_its_threads_again_after_the_checks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for stop in ("never", "norm.weight"):
+            tensors: Any = Workspace.open(root).tensors(0)
+            for name, _ in tensors:
+                assert torch.get_num_threads() == 1
+                if name == stop:
+                    break
+            tensors.close()
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_truncated_and_missing_weights_are_named_on_opening(root: Path) -> None:

@@ -16,6 +16,8 @@ def assert_vectors_close(actual: torch.Tensor, expected: torch.Tensor, dtype: to
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     scale = expected.double().square().mean(dim=-1, keepdim=True).sqrt()
+    is_zero = (scale == 0).expand_as(expected)
+    assert not actual.to(scale.device)[is_zero].any(), "expected zeros"
     scale[scale == 0] = 1
     expected = expected.double() / scale
     assert_close(actual.double().to(scale.device) / scale, expected, dtype or actual.dtype)

@@ -16,15 +16,21 @@ from types import TracebackType
 from tritonmind.errors import WorkspaceError
 from tritonmind.weight_files import CONVERT_AGAIN, FileEntry, check_chunk, num_chunks
 
-# SHA-256 takes 1 to 1.4 GB/s of a core: enough of them to keep up with a cached file.
+# A core does 1 to 1.4 GB/s of SHA-256: so many keep up with a cached file.
 MAX_THREADS = 12
+# Whoever copies what was checked fills buffers at 16 GB/s with so many threads, faster than disks read. More would take
+# the cores from the checks, for OpenMP's threads wait for their next copy by spinning.
+MAX_COPY_THREADS = 4
 # Chunks that are being read or have been read and not yet asked for.
 _AHEAD = 2 * MAX_THREADS
 _LENGTH_BYTES = 8
 
 
 class ChunkChecks:
-    """A context manager. files: those that will be read, in that order, with what the index says of them."""
+    """A context manager. files: those that will be read, in that order, with what the index says of them.
+
+    Within it torch has num_copy_threads() threads at most, in the thread that entered.
+    """
 
     def __init__(self, files: Mapping[Path, FileEntry], chunk_bytes: int) -> None:
         self._files = dict(files)
@@ -36,13 +42,21 @@ class ChunkChecks:
         self._running: list[Future[None]] = []
         self._num_checked = 0
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), "verify")
+        self._threads_before = 0
 
     def __enter__(self) -> ChunkChecks:
+        import torch
+
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(min(self._threads_before, num_copy_threads()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        import torch
+
+        torch.set_num_threads(self._threads_before)
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self, path: Path, end: int) -> None:
@@ -69,3 +83,8 @@ class ChunkChecks:
                 return {n: begin + spec["data_offsets"][1] for n, spec in header.items() if n != "__metadata__"}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise WorkspaceError(f"{path} has no header of a safetensors file ({error}): {CONVERT_AGAIN}") from None
+
+
+def num_copy_threads() -> int:
+    """A quarter of the cores that this process may use, at least 1 and at most MAX_COPY_THREADS."""
+    return max(1, min(MAX_COPY_THREADS, len(os.sched_getaffinity(0)) // 4))

@@ -239,7 +239,8 @@ def test_slices_of_a_4_bit_weight(change: dict[str, int], complaint: str) -> Non
         ({"prefetch": 2}, "'prefetch' is none of"),
         ({"block_n": 128}, "block_m=128 times block_n=128 must be at most 8192: one of 3 warp groups"),
         ({"block_m": 256, "warp_groups": 2, "block_n": 128}, "block_m=256 times block_n=128 must be at most 16384"),
-        ({"n": 4100}, "warp_groups is for n=4100 and k=4096 that are multiples of 8"),
+        ({"block_m": 256, "warp_groups": 2}, "num_stages=4 with block_m=256 takes 360448 bytes of shared memory"),
+        ({"n": 4100}, "n=4100 and k=4096 must be multiples of 8 for warp_groups"),
     ],
 )
 @pytest.mark.parametrize("kernel", ["w4_linear", "w4_gate_up"])
@@ -262,8 +263,21 @@ def test_many_rows_of_aligned_sizes() -> None:
         return {"card": "c", "triton": "t", "kernels": {"gate_up": [entry]}}
 
     assert tuning.parse(entries(4096), "c")["gate_up"]
-    with pytest.raises(ValueError, match=r"gate_up\[0\]: many_rows is for n=4100 and k=4096 that are multiples of 8"):
+    with pytest.raises(ValueError, match=r"gate_up\[0\]: n=4100 and k=4096 must be multiples of 8 for many_rows"):
         tuning.parse(entries(4100), "c")
+
+
+def test_warp_groups_in_the_file_of_another_card(tmp_path: Path) -> None:
+    l4 = CARDS[2]
+    tile = Tile(block_m=128, block_n=64, warp_groups=3, num_stages=4)
+    entry = {
+        **SIZES["w4_gate_up"], "max_rows": 256,
+        **{name: getattr(tile, name) for name in KERNELS["w4_gate_up"].fields_of(tile)},
+    }  # fmt: skip
+    content = {"card": l4.name, "triton": "t", "kernels": {"w4_gate_up": [entry]}}
+    (tmp_path / tuning.file_name(l4.name)).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"NVIDIA-L4\.json: w4_gate_up: warp_groups is for Hopper's cards"):
+        tuning.of_card(tmp_path, l4)
 
 
 def test_prefill_attention_has_room_for_two_tiles() -> None:
@@ -331,7 +345,8 @@ def test_candidates_are_tiles_that_a_file_takes(kernel: str) -> None:
             found = list(candidates(kernel, H100, SIZES[kernel], rows, wave, best))
             assert found and len(set(found)) == len(found), f"wave {wave} of {rows} rows"
             for tile in found:
-                entry = {**SIZES[kernel], "max_rows": max_rows, **{name: getattr(tile, name) for name in spec.fields}}
+                fields = spec.fields_of(tile)
+                entry = {**SIZES[kernel], "max_rows": max_rows, **{name: getattr(tile, name) for name in fields}}
                 tuning.parse({"card": "c", "triton": "t", "kernels": {kernel: [entry]}}, "c")
             best = found[-1]
         assert not list(candidates(kernel, H100, SIZES[kernel], rows, num_waves, best))

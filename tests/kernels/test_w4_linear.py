@@ -10,7 +10,7 @@ import torch
 from tests.kernels.kernel_cases import CPU_TARGETS, Target
 from tests.kernels.w4_cases import Weight, emulated_ptx, random_awq, random_weight
 from tests.tolerances import assert_close
-from tritonmind.kernels import gluon_w4_linear, reference, w4_gate_up, w4_linear
+from tritonmind.kernels import add_rms_norm, gluon_w4_linear, reference, rms_norm, w4_gate_up, w4_linear
 from tritonmind.kernels.awq_format import dequantize
 from tritonmind.kernels.dispatch import force_triton
 from tritonmind.kernels.linear import MIN_ADDED_ROWS
@@ -53,6 +53,8 @@ GROUP_CASES = [
     ((5, 1000, 1536, 128), Tile(16, 64, warp_groups=3, splits=8, num_stages=4)),
     ((40, 4096, 992, 32), Tile(32, 128, warp_groups=2, num_stages=4)),
     ((64, 2056, 1024, 64), Tile(64, 128, warp_groups=2, splits=4, num_stages=4)),
+    ((11, 4096, 1536, 128), Tile(16, 128, warp_groups=2, splits=2, num_stages=4)),
+    ((24, 2056, 1024, 64), Tile(32, 64, warp_groups=3, num_stages=4)),
 ]
 
 
@@ -163,7 +165,39 @@ def test_every_split_has_something_to_multiply(k: int, splits: int, monkeypatch:
     assert out.shape == ((splits, 130, 128) if splits > 1 else (130, 128))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 256, 300, 600])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_that_the_kernel_before_has_just_written(splits: int, gpu_target: Target) -> None:
+    """The weight comes before that kernel has ended, its result after: in a graph of many, over and over."""
+    only_16_bits(gpu_target)
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    tile = Tile(32, 64, warp_groups=2, splits=splits, num_stages=4)
+    weight = random_weight(1024, 1024, 128, gpu_target).packed
+    start, norm = gpu_target.randn(32, 1024), gpu_target.randn(1024)
+
+    def chain(*, wait: bool) -> torch.Tensor:
+        residual = start.clone()
+        x = rms_norm(residual, norm, eps=1e-5)
+        for _ in range(8):
+            y = w4_linear(x, weight, tile=tile, partial_sums=True)
+            if wait:
+                torch.cuda.synchronize()
+            x, _ = add_rms_norm(y, residual, norm, eps=1e-5)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected, graph = chain(wait=True), torch.cuda.CUDAGraph()
+    assert not expected.isnan().any()
+    with torch.cuda.graph(graph):
+        found = chain(wait=False)
+    for _ in range(50):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 24, 48, 64, 256, 300, 600])
 def test_what_dispatch_chooses(rows: int, gpu_target: Target) -> None:
     """The card's own tiles, and the rules' where it has none; with a scratch, larger than it must be."""
     only_16_bits(gpu_target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonmind.models.weight_stream import WeightStream, num_copy_threads, pieces
+from tritonmind.models.weight_stream import WeightStream, pieces
 
 SHAPES = [(), (1,), (0, 4), (7,), (1000, 3), (3, 1001), (1, 5000), (129, 64, 2)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -52,21 +51,6 @@ def test_a_copy_on_the_cpu_is_plain() -> None:
     assert stream.num_bytes == sum(source.nbytes for source in sources) > 0
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source.float())
-
-
-@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (128, 4)])
-def test_most_cores_are_left_to_the_checks(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert num_copy_threads() == threads
-
-
-@pytest.mark.gpu
-def test_the_number_of_threads_is_put_back() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), WeightStream(torch.device("cuda")):
-        assert torch.get_num_threads() == min(before, num_copy_threads())
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.gpu

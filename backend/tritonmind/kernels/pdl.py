@@ -5,6 +5,8 @@ it reads or writes anything that another kernel may have written or still read, 
 its programs may share the card with the next kernel's. One kernel without `wait` would break the chain: the kernel
 after it could start before what lies two kernels back has ended. What is launched without PDL, as kernels of libraries
 are, starts when all before it has ended.
+
+Weights are read before `wait`: they were written while the model was loaded, by kernels that ended before any of a step's.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 from tritonmind.kernels import w4_layout
 from tritonmind.kernels.tile_table import (
     GROUP_VALUES,
+    HOPPER_SHARED_BYTES,
     MAX_GROUP_SUMS,
     MIN_GROUP_ROWS,
     Card,
     Sizes,
     Tile,
+    group_shared_bytes,
     takes_many_rows,
 )
 
 # Bytes of shared memory that a program may have, by capability; 99 KB where none is named.
-SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): HOPPER_SHARED_BYTES, (10, 0): 227 << 10}
 SMALL_SHARED_BYTES = 99 << 10
 ITEMSIZE = 2
 LINE_BYTES = 128  # that a prefetch takes
@@ -31,7 +33,6 @@ WARP_SIZE = 32
 INT8_BLOCK_K = 64  # of int8_layout.py
 W4_MANY_ROWS = 128  # of a tile, that arithmetic takes longer with than reading its part of the weight
 W4_SLICE_K = 32  # of K, that are multiplied at a time
-GROUP_STORED = 64  # features that a group stores at a time
 
 # Values that go together, one after the other.
 Axis = tuple[Mapping[str, Any], ...]
@@ -52,7 +53,8 @@ def candidates(kernel: str, card: Card, sizes: Sizes, rows: int, wave: int, best
     waves = search.waves(rows)
     if wave >= len(waves):
         return
-    base = search.start(rows) if best is None or best.is_whole else best
+    # What warp groups do without other tiles need: those begin anew.
+    base = search.start(rows) if best is None or best.is_whole or best.warp_groups else best
     for combination in itertools.product(*waves[wave]):
         settings = {name: value for part in combination for name, value in part.items()}
         tile = base._replace(**settings)
@@ -84,10 +86,7 @@ def _fits(kernel: str, card: Card, sizes: Sizes, tile: Tile) -> bool:
 
 def _fits_w4(kernel: str, card: Card, sizes: Sizes, tile: Tile, limit: int) -> bool:
     if tile.warp_groups:
-        columns, row_bytes = tile.warp_groups * tile.block_n, ITEMSIZE * w4_layout.BLOCK_K
-        shared = tile.num_stages * (tile.block_m * row_bytes + columns * w4_layout.BLOCK_K // 2)
-        shared += tile.warp_groups * tile.block_m * GROUP_STORED * ITEMSIZE
-        fits = shared <= limit and tile.block_m * tile.block_n <= MAX_GROUP_SUMS[tile.warp_groups]
+        fits = group_shared_bytes(tile) <= limit and tile.block_m * tile.block_n <= MAX_GROUP_SUMS[tile.warp_groups]
         return fits and takes_many_rows(card, sizes)
     lines = tile.block_n * tile.slices * (2 if kernel == "w4_gate_up" else 1)
     num_blocks = -(-sizes["k"] // w4_layout.BLOCK_K)
@@ -155,7 +154,8 @@ def _w4_start(rows: int) -> Tile:
 def _w4_waves(rows: int, gated: bool) -> tuple[Wave, ...]:
     splits = () if gated else (_axis("splits", 1, 2, 4, 8, 11),)
     waves = (_w4_lines(rows, gated), *splits), _W4_DEPTH
-    return waves if rows < MIN_GROUP_ROWS else (*waves, (_w4_groups(rows), *splits))
+    # Where there are warp groups they are mostly the fastest: first, in case the time does not suffice for all.
+    return waves if rows < MIN_GROUP_ROWS else ((_w4_groups(rows), *splits), *waves)
 
 
 _W4_DEPTH: Wave = (_axis("num_stages", 2, 3, 4, 6), _axis("prefetch", 0, 2, 8))

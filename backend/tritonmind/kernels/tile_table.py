@@ -94,6 +94,9 @@ MANY_ROWS = Tile(many_rows=True)
 GROUP_VALUES = {"block_m": (16, 32, 64, 128, 256), "block_n": (64, 128), "warp_groups": (2, 3), "num_stages": (2, 4)}
 # By warp groups: sums, of block_m by block_n, that one of them has registers for.
 MAX_GROUP_SUMS = {2: 128 * 128, 3: 64 * 128}
+GROUP_STORED = 64  # features that a group stores at a time
+HOPPER = 9  # major compute capability
+HOPPER_SHARED_BYTES = 227 << 10  # that a program may have
 # How a file names tiles that are no settings.
 WHOLE = {"library": LIBRARY, "many_rows": MANY_ROWS}
 
@@ -140,9 +143,16 @@ def _gate_up(card: Card, sizes: Sizes) -> Ladder:
     return Step(GATE_UP_LIBRARY_ROWS, LIBRARY), Step(UNLIMITED, MANY_ROWS)
 
 
+def group_shared_bytes(tile: Tile) -> int:
+    """Shared memory of gluon_w4_linear.py's programs, without their barriers' few bytes."""
+    itemsize, columns = 2, tile.warp_groups * tile.block_n
+    slot = tile.block_m * w4_layout.BLOCK_K * itemsize + columns * w4_layout.BLOCK_K // 2
+    return tile.num_stages * slot + tile.warp_groups * tile.block_m * GROUP_STORED * itemsize
+
+
 def takes_many_rows(card: Card, sizes: Sizes) -> bool:
     """Whether gluon_linear.py and gluon_w4_linear.py can multiply these: on Hopper, if aligned_rows."""
-    return card.capability[0] == 9 and aligned_rows(sizes)
+    return card.capability[0] == HOPPER and aligned_rows(sizes)
 
 
 def aligned_rows(sizes: Sizes) -> bool:

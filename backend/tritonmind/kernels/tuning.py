@@ -26,6 +26,8 @@ import torch
 
 from tritonmind.kernels.tile_table import (
     GROUP_VALUES,
+    HOPPER,
+    HOPPER_SHARED_BYTES,
     KERNELS,
     MAX_GROUP_SUMS,
     UNLIMITED,
@@ -36,6 +38,7 @@ from tritonmind.kernels.tile_table import (
     Step,
     Tile,
     aligned_rows,
+    group_shared_bytes,
 )
 
 VARIABLE = "TRITONMIND_TILE_CONFIGS"
@@ -141,7 +144,13 @@ def of_card(directory: Path, card: Card) -> Entries:
     except FileNotFoundError:
         return {}
     try:
-        return parse(json.loads(text), card.name)
+        found = parse(json.loads(text), card.name)
+        for name, ladders in found.items():
+            for tile in (step.tile for steps in ladders.values() for step in steps):
+                if (tile.warp_groups or tile.many_rows) and card.capability[0] != HOPPER:
+                    way = "warp_groups" if tile.warp_groups else "many_rows"
+                    raise ValueError(f"{name}: {way} is for Hopper's cards, of compute capability {HOPPER}.0")
+        return found
     except ValueError as error:
         raise ValueError(f"{path}: {error}; correct the file, or write it anew with tritonmind bench tune") from error
 
@@ -198,11 +207,16 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
     tile = Tile(**{name: entry[name] for name in fields})
     if (tile.warp_groups or tile.many_rows) and not aligned_rows(entry):
         way = "warp_groups" if tile.warp_groups else "many_rows"
-        raise ValueError(f"{where}: {way} is for n={entry['n']} and k={entry['k']} that are multiples of 8")
+        raise ValueError(f"{where}: n={entry['n']} and k={entry['k']} must be multiples of 8 for {way}")
     if tile.warp_groups and tile.block_m * tile.block_n > (most := MAX_GROUP_SUMS[tile.warp_groups]):
         raise ValueError(
             f"{where}: block_m={tile.block_m} times block_n={tile.block_n} must be at most {most}: one of "
             f"{tile.warp_groups} warp groups has no registers for more sums"
+        )
+    if tile.warp_groups and (shared := group_shared_bytes(tile)) > HOPPER_SHARED_BYTES:
+        raise ValueError(
+            f"{where}: num_stages={tile.num_stages} with block_m={tile.block_m} takes {shared} bytes of shared memory, "
+            f"of {HOPPER_SHARED_BYTES}: lower one of them"
         )
     return tuple(entry[name] for name in spec.sizes), Step(entry["max_rows"], tile)
 

@@ -1,13 +1,12 @@
 """Copies weights from a mapped file to the device, through a ring of pinned buffers on a stream of its own.
 
 A copy from pageable memory is staged by the driver, one piece after another, with the host waiting. Here the host fills
-one buffer (page faults and the copy, on a few of torch's threads) while the others are on their way over the bus. Host
+one buffer (page faults and the copy, on all of torch's threads) while the others are on their way over the bus. Host
 memory stays at the ring, and types are converted on the device.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -18,9 +17,6 @@ import torch
 BUFFER_BYTES = 64 << 20
 # One is filled, one is on its way, and one evens out their different speeds.
 NUM_BUFFERS = 3
-# Four fill buffers at 16 GB/s, faster than disks read. More would take the cores from whoever checks the files, for
-# OpenMP's threads wait for their next copy by spinning.
-MAX_COPY_THREADS = 4
 
 
 class WeightStream:
@@ -34,7 +30,6 @@ class WeightStream:
     ) -> None:
         self.num_bytes = 0
         self._ring = _PinnedRing(device, buffer_bytes, num_buffers) if device.type == "cuda" else None
-        self._threads_before = torch.get_num_threads()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy `source`, on the CPU or already on the device, to `target` there: one shape, any dtypes and strides.
@@ -49,14 +44,11 @@ class WeightStream:
             self._ring.copy(target, source)
 
     def __enter__(self) -> WeightStream:
-        if self._ring is not None:
-            torch.set_num_threads(min(self._threads_before, num_copy_threads()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.set_num_threads(self._threads_before)
         if self._ring is not None:
             self._ring.synchronize()
 
@@ -90,11 +82,6 @@ class _PinnedRing:
         """Wait on the host: the targets may then be used on any stream, and the buffers dropped."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._stream.synchronize()
-
-
-def num_copy_threads() -> int:
-    """A quarter of the cores that this process may use, at least 1 and at most MAX_COPY_THREADS."""
-    return max(1, min(MAX_COPY_THREADS, len(os.sched_getaffinity(0)) // 4))
 
 
 def pieces(target: torch.Tensor, source: torch.Tensor, max_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
