@@ -250,8 +250,7 @@ def _multiply(
     line = gl.arange(0, WIDTH, layout=gl.SliceLayout(1, OWN_WORDS))
     out_tile = out_tiles[group]
     own_fetched = fetched.index(group)
-    if ADD:
-        pdl.wait(PDL)  # other results wait for rows of x, which come after the fetching warp has waited
+    pdl.wait(PDL)
     count = 0
     turn = 0
     for index in range(gl.program_id(0), num_row_tiles * num_feature_tiles * SPLITS, gl.num_programs(0)):

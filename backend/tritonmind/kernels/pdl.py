@@ -6,7 +6,8 @@ its programs may share the card with the next kernel's. One kernel without `wait
 after it could start before what lies two kernels back has ended. What is launched without PDL, as kernels of libraries
 are, starts when all before it has ended.
 
-Weights are read before `wait`: they were written while the model was loaded, by kernels that ended before any of a step's.
+Weights are read before `wait`: they were written while the model was loaded, by kernels that ended before any of a
+step's began.
 """
 
 # mypy: disable-error-code="no-untyped-def"
