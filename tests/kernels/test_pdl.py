@@ -42,12 +42,9 @@ LAUNCHES = [(name, call) for name, node in functions() for call in calls(node) i
 
 
 def waits(statement: ast.stmt) -> bool:
-    """Whether all programs, or all warps of a partition, wait here: by `pdl.wait`, or by what that does."""
+    """Whether all programs, or all warps of a partition, wait here by `pdl.wait`."""
     called = {ast.unparse(call.func) for call in calls(statement)}
-    by_itself = isinstance(statement, ast.If) and ast.unparse(statement.test) == "PDL"
-    return (by_itself and "tl.extra.cuda.gdc_wait" in called) or (
-        isinstance(statement, ast.Expr) and bool(called & {"wait", "pdl.wait"})
-    )
+    return isinstance(statement, ast.Expr) and not called.isdisjoint({"wait", "pdl.wait"})
 
 
 def partitions(kernel: ast.FunctionDef) -> set[str]:

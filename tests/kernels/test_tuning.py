@@ -49,6 +49,12 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
+def entry_of(kernel: str, tile: Tile, max_rows: int) -> dict[str, Any]:
+    """As a file has it."""
+    fields = KERNELS[kernel].fields_of(tile)
+    return {**SIZES[kernel], "max_rows": max_rows, **{name: getattr(tile, name) for name in fields}}
+
+
 def write(directory: Path, *entries: dict[str, Any], card: str = H100.name) -> Path:
     path = directory / tuning.file_name(card)
     path.write_text(json.dumps({"card": card, "triton": "3.6.0", "kernels": {"linear": entries}}))
@@ -246,11 +252,7 @@ def test_slices_of_a_4_bit_weight(change: dict[str, int], complaint: str) -> Non
 @pytest.mark.parametrize("kernel", ["w4_linear", "w4_gate_up"])
 def test_warp_groups_of_a_4_bit_weight(kernel: str, change: dict[str, int], complaint: str) -> None:
     tile = Tile(block_m=128, block_n=64, warp_groups=3, num_stages=4)
-    entry = {
-        **SIZES[kernel],
-        "max_rows": 256,
-        **{name: getattr(tile, name) for name in KERNELS[kernel].fields_of(tile)},
-    }
+    entry = entry_of(kernel, tile, 256)
     content = {"card": "c", "triton": "t", "kernels": {kernel: [entry]}}
     assert tuning.parse(content, "c")[kernel][tuple(SIZES[kernel].values())][0].tile == tile
     with pytest.raises(ValueError, match=rf"{kernel}\[0\]: {complaint}"):
@@ -270,11 +272,7 @@ def test_many_rows_of_aligned_sizes() -> None:
 def test_warp_groups_in_the_file_of_another_card(tmp_path: Path) -> None:
     l4 = CARDS[2]
     tile = Tile(block_m=128, block_n=64, warp_groups=3, num_stages=4)
-    entry = {
-        **SIZES["w4_gate_up"], "max_rows": 256,
-        **{name: getattr(tile, name) for name in KERNELS["w4_gate_up"].fields_of(tile)},
-    }  # fmt: skip
-    content = {"card": l4.name, "triton": "t", "kernels": {"w4_gate_up": [entry]}}
+    content = {"card": l4.name, "triton": "t", "kernels": {"w4_gate_up": [entry_of("w4_gate_up", tile, 256)]}}
     (tmp_path / tuning.file_name(l4.name)).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"NVIDIA-L4\.json: w4_gate_up: warp_groups is for Hopper's cards"):
         tuning.of_card(tmp_path, l4)
@@ -337,7 +335,6 @@ def test_forced_tiles_hold_for_a_while() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_candidates_are_tiles_that_a_file_takes(kernel: str) -> None:
-    spec = KERNELS[kernel]
     for max_rows, rows in SEARCHES[kernel].rows:
         num_waves = len(SEARCHES[kernel].waves(rows))
         best = None
@@ -345,9 +342,8 @@ def test_candidates_are_tiles_that_a_file_takes(kernel: str) -> None:
             found = list(candidates(kernel, H100, SIZES[kernel], rows, wave, best))
             assert found and len(set(found)) == len(found), f"wave {wave} of {rows} rows"
             for tile in found:
-                fields = spec.fields_of(tile)
-                entry = {**SIZES[kernel], "max_rows": max_rows, **{name: getattr(tile, name) for name in fields}}
-                tuning.parse({"card": "c", "triton": "t", "kernels": {kernel: [entry]}}, "c")
+                content = {"card": "c", "triton": "t", "kernels": {kernel: [entry_of(kernel, tile, max_rows)]}}
+                tuning.parse(content, "c")
             best = found[-1]
         assert not list(candidates(kernel, H100, SIZES[kernel], rows, num_waves, best))
 

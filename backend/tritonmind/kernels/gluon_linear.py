@@ -15,7 +15,6 @@ side by side on a band of rows, whose rows and weights stay in the L2 cache mean
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -131,9 +130,8 @@ def _many_rows_kernel(
         mbarrier.init(free.index(slot), count=2)  # both groups let a slot go
     fence_async_shared()
     barrier()
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl.wait(PDL)
+    pdl.let_next_start(PDL)
     num_feature_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles = (x_tiles, weight_tiles, full, free, out_tiles)
     upper: gl.constexpr = 0

@@ -14,7 +14,6 @@ Tiles of a block go from its last to its first, so that what needs a mask comes 
 import math
 
 import torch
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -260,9 +259,8 @@ def _long_prefill_kernel(
     NUM_SLOTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl.wait(PDL)
+    pdl.let_next_start(PDL)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
     k_tiles = gl.allocate_shared_memory(dtype, [NUM_SLOTS, BLOCK_N, HEAD_DIM], k_desc.layout)

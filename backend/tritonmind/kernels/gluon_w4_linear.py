@@ -36,7 +36,7 @@ from tritonmind.kernels.gluon_hopper import (
     fetch_tile,
     store,
 )
-from tritonmind.kernels.tile_table import Tile
+from tritonmind.kernels.tile_table import GROUP_STORED, Tile
 from tritonmind.kernels.triton_w4_linear import ASM_HIGH_SCALED, ASM_LOW_SCALED
 from tritonmind.kernels.w4_layout import PackedWeight
 
@@ -48,7 +48,7 @@ WORD_ROWS = gl.constexpr(w4_layout.BLOCK_ROWS)
 PLACES = gl.constexpr(w4_layout.SLICES)  # of a word; columns of the weight that are multiplied at a time: 32
 PLACE_K = gl.constexpr(w4_layout.BLOCK_K // w4_layout.SLICES)
 LINE_K = gl.constexpr(64)  # of x, as many as a line of shared memory holds
-OUT_FEATURES = gl.constexpr(64)  # of what a group stores at a time
+OUT_FEATURES = gl.constexpr(GROUP_STORED)
 
 # $2: a word, $3: a group's params, $4: its two scales. Level less zero point has 4 bits and a sign, and the low scale 3
 # bits: of the products only the last is rounded.

@@ -77,6 +77,11 @@ class Tile(NamedTuple):
         """Whether it names another way to do it, rather than settings of a kernel."""
         return self.library or self.many_rows
 
+    @property
+    def hopper_field(self) -> str:
+        """The field that asks for a kernel of Hopper's, of aligned_rows; empty where none does."""
+        return "warp_groups" if self.warp_groups else "many_rows" if self.many_rows else ""
+
 
 class Step(NamedTuple):
     """The tile for up to `max_rows` rows."""
@@ -261,7 +266,7 @@ def _prefill_attention(card: Card, sizes: Sizes) -> Ladder:
 def takes_long_runs(card: Card, sizes: Sizes) -> bool:
     """Whether gluon_prefill_attention.py can serve blocks of LONG_RUN_BLOCK_M queries: Hopper, pages of whole tiles."""
     whole = sizes["block_size"] % LONG_RUN_BLOCK_N == 0
-    return card.capability[0] == 9 and sizes["head_dim"] in (64, 128) and whole and sizes["itemsize"] == 2
+    return card.capability[0] == HOPPER and sizes["head_dim"] in (64, 128) and whole and sizes["itemsize"] == 2
 
 
 def _tile_tokens(sizes: Sizes) -> int:

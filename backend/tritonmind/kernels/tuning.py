@@ -147,9 +147,10 @@ def of_card(directory: Path, card: Card) -> Entries:
         found = parse(json.loads(text), card.name)
         for name, ladders in found.items():
             for tile in (step.tile for steps in ladders.values() for step in steps):
-                if (tile.warp_groups or tile.many_rows) and card.capability[0] != HOPPER:
-                    way = "warp_groups" if tile.warp_groups else "many_rows"
-                    raise ValueError(f"{name}: {way} is for Hopper's cards, of compute capability {HOPPER}.0")
+                if tile.hopper_field and card.capability[0] != HOPPER:
+                    raise ValueError(
+                        f"{name}: {tile.hopper_field} is for Hopper's cards, of compute capability {HOPPER}.0"
+                    )
         return found
     except ValueError as error:
         raise ValueError(f"{path}: {error}; correct the file, or write it anew with tritonmind bench tune") from error
@@ -205,9 +206,8 @@ def _step(where: str, spec: Kernel, entry: Any) -> tuple[tuple[int, ...], Step]:
     if entry.get("slices", 1) > entry.get("block_m", 1):
         raise ValueError(f"{where}: slices={entry['slices']} of block_m={entry['block_m']} leave none for a row")
     tile = Tile(**{name: entry[name] for name in fields})
-    if (tile.warp_groups or tile.many_rows) and not aligned_rows(entry):
-        way = "warp_groups" if tile.warp_groups else "many_rows"
-        raise ValueError(f"{where}: n={entry['n']} and k={entry['k']} must be multiples of 8 for {way}")
+    if tile.hopper_field and not aligned_rows(entry):
+        raise ValueError(f"{where}: n={entry['n']} and k={entry['k']} must be multiples of 8 for {tile.hopper_field}")
     if tile.warp_groups and tile.block_m * tile.block_n > (most := MAX_GROUP_SUMS[tile.warp_groups]):
         raise ValueError(
             f"{where}: block_m={tile.block_m} times block_n={tile.block_n} must be at most {most}: one of "

@@ -149,7 +149,8 @@ def search(
     while True:
         jobs = []
         for task in tasks:
-            own = [found for found in timed[task] if not found.is_whole]
+            # Those whose settings the next wave varies.
+            own = [found for found in timed[task] if not (found.is_whole or found.warp_groups)]
             best = min(own, key=timed[task].__getitem__, default=None)
             found = list(candidates(task.kernel, card, task.named_sizes(), task.rows, wave, best))
             if task.product in WHOLE_PRODUCTS:
