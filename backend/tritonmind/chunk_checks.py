@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -27,10 +28,7 @@ _LENGTH_BYTES = 8
 
 
 class ChunkChecks:
-    """A context manager. files: those that will be read, in that order, with what the index says of them.
-
-    Within it torch has num_copy_threads() threads at most, in the thread that entered.
-    """
+    """A context manager. files: those that will be read, in that order, with what the index says of them."""
 
     def __init__(self, files: Mapping[Path, FileEntry], chunk_bytes: int) -> None:
         self._files = dict(files)
@@ -42,21 +40,13 @@ class ChunkChecks:
         self._running: list[Future[None]] = []
         self._num_checked = 0
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), "verify")
-        self._threads_before = 0
 
     def __enter__(self) -> ChunkChecks:
-        import torch
-
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(min(self._threads_before, num_copy_threads()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import torch
-
-        torch.set_num_threads(self._threads_before)
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self, path: Path, end: int) -> None:
@@ -83,6 +73,19 @@ class ChunkChecks:
                 return {n: begin + spec["data_offsets"][1] for n, spec in header.items() if n != "__metadata__"}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise WorkspaceError(f"{path} has no header of a safetensors file ({error}): {CONVERT_AGAIN}") from None
+
+
+@contextmanager
+def few_copy_threads() -> Iterator[None]:
+    """Within it torch has num_copy_threads() threads at most, in the thread that entered."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, num_copy_threads()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def num_copy_threads() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritonmind.chunk_checks import ChunkChecks
+from tritonmind.chunk_checks import ChunkChecks, few_copy_threads
 from tritonmind.config import EngineConfig, ModelConfig, from_dict
 from tritonmind.config_ini import build_engine_config, read_config_ini
 from tritonmind.errors import ConfigError, WorkspaceError
@@ -105,7 +105,7 @@ class Workspace:
         for name, spec in self._specs([rank]).items():
             by_file.setdefault(self.weights_dir / self.index.tensors[name], []).append(spec)
         entries = {path: self.index.files[path.name] for path in by_file}
-        with ChunkChecks(entries, self.index.chunk_bytes) as checks:
+        with ChunkChecks(entries, self.index.chunk_bytes) as checks, few_copy_threads():
             for path, specs in by_file.items():
                 ends = checks.data_ends(path)
                 for name, tensor in read_tensors(path, specs):

@@ -131,7 +131,7 @@ def _transformers_model(args: argparse.Namespace, source: ModelSource, dtype: to
     config = LlamaConfig(**{**hf_config(source.model), "eos_token_id": None})
     with device:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to(device).eval()  # releases of Transformers differ in what they make elsewhere
+    model = model.to(device).eval()  # norms were once found on the CPU nevertheless
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in hf_tensors(source):
